@@ -1,0 +1,283 @@
+"""A module as a pure function of its weights."""
+
+import copy
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from peft_func.errors import NameMismatchError, OptionError, TreeError
+from peft_func.functional.refuse import check_module
+from peft_func.functional.skeleton import Skeleton, structural_copy
+from peft_func.trees.select import Info, nearest
+from peft_func.weights.carrier import Carrier, carry
+from peft_func.weights.layout import Layout, layout_of
+from peft_func.weights.operator import Operator
+
+
+def functionalize(net: nn.Module) -> "FunctionalModel":
+    """Turn a module into a pure callable `model(weights, *args, **kwargs)`.
+
+    The module is copied in structure; its tensors are shared, never written, and it is never used again.
+
+    Args:
+        net: any module whose forward is Python: transformers, torchvision, timm, your own. Modes (train or eval, for
+            each of its modules) are kept as they are.
+
+    Raises:
+        ModuleRefusedError: scripted, parametrized, lazy or data-parallel modules.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> net = torch.nn.Linear(4, 3)
+        >>> model, x = pf.functionalize(net), torch.ones(2, 4)
+        >>> torch.equal(model(model.params, x), net(x))
+        True
+    """
+    check_module(net)
+    params = {name: param.detach() for name, param in net.named_parameters()}
+    state = {name: buffer.detach() for name, buffer in net.named_buffers()}
+    return FunctionalModel(structural_copy(net), params, state)
+
+
+class FunctionalModel:
+    """A pure function of weights, made by `functionalize`.
+
+    Calls are thread-safe, composable with `torch.func` and `torch.compile`, and leave no trace: buffers are written on
+    copies that are dropped, or returned by `with_state`.
+
+    Attributes:
+        params: the weights by name, tied ones once; they share storage with the module's.
+        state: the buffers by name, persistent or not.
+        ties: `{alias: canonical name}` for every further name of a parameter.
+        infos: what selectors see of each parameter.
+        layouts: how each parameter is stored.
+    """
+
+    def __init__(
+        self, root: nn.Module, params: dict[str, Tensor], state: dict[str, Tensor], entry: str = "forward"
+    ) -> None:
+        self._skeleton = Skeleton(root)
+        self._entry = entry
+        self._traced = _Entry(root, entry)
+        self.params = params
+        self.state = state
+        every = dict(root.named_parameters(remove_duplicate=False))
+        canonical = {id(tensor): name for name, tensor in root.named_parameters()}
+        self.ties = {name: canonical[id(tensor)] for name, tensor in every.items() if name not in params}
+        self.infos = {name: self._info(name) for name in params}
+        self.layouts: Mapping[str, Layout] = MappingProxyType({n: layout_of(info) for n, info in self.infos.items()})
+        self._training = {name: self._owner(name).training for name in params}
+        self._renormed = [
+            name
+            for name in params
+            if any(
+                getattr(self._owner(path), "max_norm", None) is not None for path in (name, *self.infos[name].aliases)
+            )
+        ]
+
+    def __call__(self, weights: Mapping[str, Tensor | Operator], *args: Any, **kwargs: Any) -> Any:
+        """Call the module with these weights; its buffers are read from `state`, and what it writes to them is dropped.
+
+        Args:
+            weights: `model.params`, what `adapter.apply` returned, or any mapping with exactly the names of `params`.
+            *args: what the module's forward takes.
+            **kwargs: likewise.
+
+        Raises:
+            NameMismatchError: a name is missing or unknown.
+            TreeError: a weight has another shape, or a dtype or device that does not fit the others.
+        """
+        return self.with_state(weights, self.state, *args, **kwargs)[0]
+
+    def with_state(
+        self, weights: Mapping[str, Tensor | Operator], state: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Call the module with these weights and buffers; return its output and the new buffers.
+
+        Args:
+            weights: as in a call.
+            state: the buffers, with exactly the names of `model.state`; they are read, never written.
+            *args: what the module's forward takes.
+            **kwargs: likewise.
+
+        Returns:
+            `(output, new state)`; in train mode, BatchNorm's new running statistics are in the second.
+
+        Example:
+            >>> import torch, peft_func as pf
+            >>> model = pf.functionalize(torch.nn.BatchNorm1d(3)).train()
+            >>> y, state = model.with_state(model.params, model.state, torch.randn(8, 3))
+            >>> int(model.state["num_batches_tracked"]), int(state["num_batches_tracked"])
+            (0, 1)
+        """
+        bound = self._bind(weights)
+        if state.keys() != self.state.keys():
+            raise NameMismatchError(_name_difference("state", state, self.state))
+        buffers = {name: tensor.clone() for name, tensor in state.items()}
+        if torch.compiler.is_compiling():
+            # Dynamo follows functional_call, but not a module that is made inside the graph; what it traces runs
+            # without the skeleton, so the swapping that functional_call does is never seen by another thread.
+            every = {"root." + name: tensor for name, tensor in {**bound, **buffers}.items()}
+            output = torch.func.functional_call(self._traced, every, args, kwargs, strict=True)
+            return _without_carriers(output), {name: every["root." + name] for name in buffers}
+        clone = self._skeleton.clone(bound, buffers)
+        output = clone(*args, **kwargs) if self._entry == "forward" else getattr(clone, self._entry)(*args, **kwargs)
+        return _without_carriers(output), dict(clone.named_buffers())
+
+    def method(self, name: str) -> "FunctionalModel":
+        """Return the same pure callable for another method of the module, such as `"generate"`.
+
+        Raises:
+            OptionError: the module has no such method.
+        """
+        if not callable(getattr(self._skeleton.root, name, None)):
+            raise OptionError(f"{type(self._skeleton.root).__name__} has no method {name!r}")
+        twin = copy.copy(self)
+        twin._entry, twin._traced = name, _Entry(self._skeleton.root, name)
+        return twin
+
+    def train(self, mode: bool = True) -> "FunctionalModel":
+        """Return a new callable in train mode (or eval mode), over the same tensors."""
+        root = self._skeleton.copy().train(mode)
+        return FunctionalModel(root, self.params, self.state, self._entry)
+
+    def eval(self) -> "FunctionalModel":
+        """Return a new callable in eval mode, over the same tensors."""
+        return self.train(False)
+
+    def to(self, *args: Any, **kwargs: Any) -> "FunctionalModel":
+        """Return a new callable whose tensors are moved or cast as `Tensor.to` does; only floating ones are cast."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking)
+
+        params = {name: move(tensor) for name, tensor in self.params.items()}
+        state = {name: move(tensor) for name, tensor in self.state.items()}
+        return FunctionalModel(self._skeleton.copy(), params, state, self._entry)
+
+    def state_dict(
+        self, weights: Mapping[str, Tensor | Operator], state: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return a plain state dict, with every name that the module's own has (ties, persistent buffers, extra state).
+
+        Args:
+            weights: as in a call.
+            state: the buffers; those of the model by default.
+
+        Returns:
+            A dict for `net.load_state_dict(sd, strict=True)`, of plain tensors.
+        """
+        state = self.state if state is None else state
+        params: dict[str, Tensor | Operator] = {**weights}
+        self._check_names(weights)
+        formed: dict[str, Tensor] = {}
+        result: dict[str, Any] = {}
+        for name, value in self._skeleton.root.state_dict().items():
+            source = self.ties.get(name, name)
+            if source in params:
+                if source not in formed:
+                    weight = params[source]
+                    formed[source] = weight.materialise() if isinstance(weight, Operator) else weight
+                result[name] = formed[source]
+            else:
+                result[name] = state[self._buffer_names.get(name, name)] if name in self._buffer_names else value
+        return result
+
+    @property
+    def _buffer_names(self) -> dict[str, str]:
+        root = self._skeleton.root
+        canonical = {id(tensor): name for name, tensor in root.named_buffers()}
+        return {name: canonical[id(tensor)] for name, tensor in root.named_buffers(remove_duplicate=False)}
+
+    def _owner(self, name: str) -> nn.Module:
+        return self._skeleton.root.get_submodule(name.rpartition(".")[0])
+
+    def _info(self, name: str) -> Info:
+        aliases = tuple(alias for alias, target in self.ties.items() if target == name)
+        owners = dict.fromkeys(type(self._owner(path)) for path in (name, *aliases))
+        return Info(name, tuple(self.params[name].shape), self.params[name].dtype, tuple(owners), aliases)
+
+    def _check_names(self, weights: Mapping[str, Any]) -> None:
+        if weights.keys() != self.params.keys():
+            raise NameMismatchError(_name_difference("weights", weights, self.params, self.ties))
+
+    def _bind(self, weights: Mapping[str, Tensor | Operator]) -> dict[str, Tensor]:
+        """Return tensors for every parameter, carriers for operators, after checking all of them."""
+        self._check_names(weights)
+        bound: dict[str, Tensor] = {}
+        kinds: dict[Any, tuple[str, Any]] = {}
+        for name, own in self.params.items():
+            weight = weights[name]
+            _check_fit(name, weight, own, kinds)
+            if isinstance(weight, Operator):
+                if not self._training[name] and weight.matrix.has_dropout:
+                    weight = weight.replace(weight.matrix.deterministic())
+                bound[name] = carry(weight)
+            else:
+                bound[name] = weight
+        for name in self._renormed:
+            bound[name] = bound[name].clone()  # Embedding(max_norm=...) scales rows of its weight in place
+        return bound
+
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for tensor in self.params.values())
+        return f"FunctionalModel({type(self._skeleton.root).__name__}.{self._entry}, {count:,} parameters)"
+
+
+class _Entry(nn.Module):
+    """A module whose forward is a method of another."""
+
+    def __init__(self, root: nn.Module, entry: str) -> None:
+        super().__init__()
+        self.root = root
+        self.entry = entry
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (
+            self.root(*args, **kwargs) if self.entry == "forward" else getattr(self.root, self.entry)(*args, **kwargs)
+        )
+
+
+def _check_fit(name: str, weight: Any, own: Tensor, kinds: dict[Any, tuple[str, Any]]) -> None:
+    """Check a weight's shape, and that dtype and device changed, if they did, as they did for all weights alike."""
+    if not isinstance(weight, Tensor | Operator):
+        raise TreeError(f"the weight {name!r} is a {type(weight).__name__}; weights are tensors or operators")
+    if weight.shape != own.shape:
+        raise TreeError(f"the weight {name!r} is {tuple(weight.shape)}; this model's is {tuple(own.shape)}")
+    kind = (weight.dtype, weight.device)
+    first, expected = kinds.setdefault((own.dtype, own.device), (name, kind))
+    if kind != expected:
+        raise TreeError(
+            f"the weight {name!r} is {kind[0]} on {kind[1]}, but {first!r} is {expected[0]} on {expected[1]}; "
+            f"cast or move all weights alike, e.g. weights[{name!r}].to({str(expected[1])!r}, {expected[0]})"
+        )
+
+
+def _name_difference(
+    what: str, given: Mapping[str, Any], wanted: Mapping[str, Any], ties: Mapping[str, str] | None = None
+) -> str:
+    extra, missing = [n for n in given if n not in wanted], [n for n in wanted if n not in given]
+    text = f"the {what} must have the names of this model"
+    if missing:
+        text += f"; missing: {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    if extra:
+        text += f"; unknown: {', '.join(map(repr, extra[:5]))}"
+        known = (ties or {}).get(extra[0])
+        text += (
+            f" ({extra[0]} is another name of {known})"
+            if known
+            else f" (nearest: {', '.join(nearest(extra[0], wanted, 3))})"
+        )
+    return text + f". Give all of model.{'params' if what == 'weights' else 'state'}, or what adapter.apply returned."
+
+
+def _without_carriers(output: Any) -> Any:
+    """Form the weights that a module returned as they are."""
+    if isinstance(output, Tensor) and not isinstance(output, Carrier):
+        return output
+    return optree.tree_map(lambda leaf: leaf.op.materialise() if isinstance(leaf, Carrier) else leaf, output)

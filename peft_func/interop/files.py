@@ -1,0 +1,240 @@
+"""An adapter as one safetensors file: its tensors by path, and its method as JSON in the metadata."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peft_func.errors import FileFormatError, OptionError, TreeError
+from peft_func.functional.model import FunctionalModel
+from peft_func.transforms.bind import Adapter, bind, check_tree
+from peft_func.transforms.dora import dora
+from peft_func.transforms.gift import gift
+from peft_func.transforms.ia3 import ia3
+from peft_func.transforms.lora import lora
+from peft_func.transforms.magnitude import magnitude
+from peft_func.transforms.train import train
+from peft_func.transforms.transform import Chain, Method, Part
+from peft_func.trees.paths import Keys, Tree, from_leaves, join, leaves
+from peft_func.trees.select import exact
+
+FORMAT = "peft_func"
+VERSION = 1
+
+# Only these can be built from a file; nothing in a file is imported or executed.
+_KINDS: dict[str, Callable[..., Part]] = {
+    "dora": dora,
+    "gift": gift,
+    "ia3": ia3,
+    "lora": lora,
+    "magnitude": magnitude,
+    "train": train,
+}
+
+
+def save(path: str | os.PathLike[str], adapter: Adapter, trainable: Mapping[str, Any]) -> None:
+    """Write what trains to one safetensors file; the same tree gives the same bytes.
+
+    The file also holds the method (every option, and the names of the parameters that it was bound to) and a
+    fingerprint of the base model's names and shapes. It is written beside its place and then renamed into it.
+
+    Args:
+        path: the file, by custom `*.safetensors`; its folder must exist.
+        adapter: the bound method.
+        trainable: its second tree.
+
+    Raises:
+        TreeError: the tree is not one of this adapter's.
+        FileFormatError: the file cannot be written; what was there before is still there.
+
+    Example:
+        >>> import os, tempfile, torch, peft_func as pf
+        >>> model = pf.functionalize(torch.nn.Linear(4, 3))
+        >>> adapter = pf.bind(pf.lora("weight", rank=2, alpha=4), model)
+        >>> frozen, trainable = adapter.init(0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pf.save(os.path.join(folder, "adapter.safetensors"), adapter, trainable)
+        ...     again, frozen, loaded = pf.load(os.path.join(folder, "adapter.safetensors"), model)
+        >>> torch.equal(loaded["lora"]["weight"]["A"], trainable["lora"]["weight"]["A"])
+        True
+    """
+    check_tree(trainable, adapter.spec)
+    names = _names(adapter.spec)
+    # A copy of each: leaves may share storage, be views, or lie on another device.
+    tensors = {names[keys]: tensor.detach().cpu().contiguous().clone() for keys, tensor in leaves(trainable)}
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": _describe(adapter.method, adapter),
+        "base": fingerprint(adapter.model),
+    }
+    # One key only: safetensors does not keep the order of several, and the bytes would differ between two runs.
+    with _renamed_into(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={FORMAT: json.dumps(meta, sort_keys=True)})
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: FunctionalModel,
+    *,
+    method: Method | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[Adapter, dict[str, Tensor], Tree]:
+    """Read an adapter for a model; the file is not trusted.
+
+    Args:
+        path: a file that `save` wrote.
+        model: a functional model with the names and shapes of the one it was saved for.
+        method: the method, if it is your own (`pf.on`), which a file cannot hold.
+        allow_nonfinite: accept infinities and NaN.
+
+    Returns:
+        `(adapter, frozen, trainable)`; the tensors are on the model's devices, in the dtypes of the file.
+
+    Raises:
+        FileFormatError: the file is missing, truncated, not one of ours, from a newer version, for another model, or
+            holds values that are not finite.
+        OptionError: the method is a user's own, and was not given.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            meta = _read_meta(path, file.metadata() or {})
+            adapter = _rebind(path, meta, model, method)
+            trainable = _read(path, file, adapter, allow_nonfinite=allow_nonfinite)
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(f"{path} cannot be read as a safetensors file: {error}") from error
+    held = adapter.held
+    return adapter, {name: tensor for name, tensor in model.params.items() if name not in held}, trainable
+
+
+def fingerprint(model: FunctionalModel) -> str:
+    """Return a digest of the names and shapes of a model's parameters, ties included."""
+    lines = [f"{name}:{list(tensor.shape)}" for name, tensor in model.params.items()]
+    lines += [f"{alias}={name}" for alias, name in model.ties.items()]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _describe(method: Method, adapter: Adapter, prefix: Keys = ()) -> Any:
+    """Return a method as JSON; its selectors are replaced by the names that they chose."""
+    if isinstance(method, Chain):
+        inner = prefix if method.name is None else (*prefix, method.name)
+        return {"chain": [_describe(part, adapter, inner) for part in method.parts], "name": method.name}
+    (bound,) = (part for part in adapter.parts if part.keys == (*prefix, method.name))
+    return {"kind": method.kind, "name": method.name, "options": bound.options, "places": list(bound.paths)}
+
+
+def _rebuild(path: object, described: Any) -> Method:
+    if "chain" in described:
+        return Chain(tuple(_rebuild(path, part) for part in described["chain"]), described["name"])
+    kind = described["kind"]
+    if kind is None:
+        raise OptionError(
+            f"{path} holds a method of its writer's own ({described['name']!r}), which a file cannot rebuild; "
+            "give it: pf.load(path, model, method=...)"
+        )
+    if kind not in _KINDS:
+        raise FileFormatError(f"{path} holds a method {kind!r}; this version knows {', '.join(_KINDS)}")
+    options = dict(described["options"])
+    if isinstance(options.get("share"), dict):
+        options["share"] = {group: exact(paths) for group, paths in options["share"].items()}
+    return _KINDS[kind](exact(described["places"]), **options, name=described["name"])
+
+
+def _read_meta(path: object, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise FileFormatError(f"{path} is a safetensors file, but not an adapter that pf.save wrote")
+    try:
+        meta = json.loads(metadata[FORMAT])
+        version = meta["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{path} has metadata that is not what pf.save writes: {error!r}") from error
+    if version != VERSION:
+        raise FileFormatError(f"{path} has format version {version}; this version of peft_func reads {VERSION}")
+    return dict(meta)
+
+
+def _rebind(path: object, meta: Mapping[str, Any], model: FunctionalModel, method: Method | None) -> Adapter:
+    try:
+        adapter = bind(_rebuild(path, meta["method"]) if method is None else method, model)
+        described, wanted = _describe(adapter.method, adapter), meta["method"]
+        base = meta["base"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, OptionError) and method is None and "method=" in str(error):
+            raise
+        raise FileFormatError(f"{path} is not for this model: {error}") from error
+    if base != fingerprint(model):
+        raise FileFormatError(
+            f"{path} was saved for a model with other parameter names or shapes than {model!r}; "
+            "load it with a model of the same architecture"
+        )
+    if _comparable(described) != _comparable(wanted):
+        raise FileFormatError(f"{path} was saved with another method or at other places than the method given")
+    return adapter
+
+
+def _comparable(described: Any) -> Any:
+    return json.loads(json.dumps(described))
+
+
+def _read(path: object, file: Any, adapter: Adapter, *, allow_nonfinite: bool) -> Tree:
+    names = _names(adapter.spec)
+    found = set(file.keys())
+    for odd in sorted(found.symmetric_difference(names.values())):
+        where = "has a tensor this method does not know" if odd in found else "lacks the tensor"
+        raise FileFormatError(f"{path} {where}: {odd!r}")
+    tensors: dict[Keys, Tensor] = {}
+    for keys, name in names.items():
+        shape = tuple(file.get_slice(name).get_shape())  # from the header: nothing is allocated yet
+        if shape != adapter.spec[keys]:
+            raise FileFormatError(f"{path}: {name!r} is {shape}, the method's is {adapter.spec[keys]}")
+        tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise FileFormatError(f"{path}: {name!r} is {tensor.dtype}; the leaves of an adapter are floating-point")
+        if not allow_nonfinite and not torch.isfinite(tensor).all():
+            raise FileFormatError(
+                f"{path}: {name!r} holds values that are not finite; pass allow_nonfinite=True if meant"
+            )
+        tensors[keys] = tensor.to(_device(keys, adapter.model))
+    return from_leaves(iter(tensors.items()))
+
+
+def _device(keys: Keys, model: FunctionalModel) -> torch.device:
+    """Return the device of the weight that a leaf belongs to; of any weight for a leaf that several share."""
+    own = (model.params[key].device for key in keys if key in model.params)
+    return next(own, next(iter(model.params.values())).device)
+
+
+def _names(spec: Mapping[Keys, object]) -> dict[Keys, str]:
+    """Return the name of every leaf in the file: its path."""
+    names = {keys: join(keys) for keys in spec}
+    if len(set(names.values())) != len(names):
+        raise TreeError("two leaves of this tree have one path; give the parts of the chain other names")
+    return names
+
+
+@contextlib.contextmanager
+def _renamed_into(path: Path) -> Iterator[str]:
+    """Give a temporary name beside `path`, and rename it into place when the block has succeeded."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            yield temporary
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,1 @@
+"""Methods: transforms, chains, binding, and one file for each method."""

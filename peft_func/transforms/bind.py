@@ -1,0 +1,207 @@
+"""A method bound to a model: every selector resolved once, every rank and scale fixed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_func.errors import NameMismatchError, OptionError, TreeError
+from peft_func.functional.model import FunctionalModel
+from peft_func.transforms.transform import Chain, Method, Part, Transform
+from peft_func.trees.keys import Key, as_key, split
+from peft_func.trees.paths import Keys, Tree, from_leaves, insert, join, leaves
+from peft_func.weights.mapping import Weights
+
+
+@dataclass(frozen=True)
+class BoundPart:
+    """One transform at its places in one model.
+
+    Attributes:
+        keys: where its sub-tree is: its name, below those of the named chains around it.
+        part: the method it comes from.
+        paths: the parameters it was selected for.
+        seen: those, and the biases that go with them: what its functions see.
+        transform: the two functions.
+    """
+
+    keys: Keys
+    part: Part
+    paths: tuple[str, ...]
+    seen: tuple[str, ...]
+    transform: Transform
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """The options of its constructor as JSON; None for a user's own method."""
+        return self.transform.options or self.part.options
+
+    def subtree(self, tree: Mapping[str, Any]) -> Tree:
+        """Return the part's own sub-tree of the adapter's tree."""
+        for key in self.keys:
+            tree = tree[key]
+        return dict(tree)
+
+
+def bind(method: Method, model: FunctionalModel) -> "Adapter":
+    """Resolve a method against a model's real names, shapes and module types.
+
+    Args:
+        method: `pf.lora(...)`, a chain, or your own with `pf.on`.
+        model: what `pf.functionalize` returned.
+
+    Raises:
+        SelectorError: a selector matches nothing.
+        OptionError: an option does not fit a place, such as a rank above the matrix's.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = pf.functionalize(net)
+        >>> adapter = pf.bind(pf.chain(pf.lora("0", rank=2), pf.train("2")), model)
+        >>> frozen, trainable = adapter.init(0)
+        >>> list(trainable["lora"]["0.weight"]), list(trainable["train"]), list(frozen)
+        (['A', 'B'], ['2.weight', '2.bias'], ['0.weight', '0.bias'])
+        >>> model(adapter.apply(frozen, trainable), torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+    """
+    if not isinstance(model, FunctionalModel):
+        raise OptionError(
+            f"bind takes a functional model, not a {type(model).__name__}; call pf.functionalize(net) first"
+        )
+    if not isinstance(method, Part | Chain):
+        raise OptionError(f"bind takes a method such as pf.lora(...), not a {type(method).__name__}; see pf.on")
+    return Adapter(method, model)
+
+
+class Adapter:
+    """A bound method: `init` draws its trees, `apply` gives effective weights. Immutable; both are pure.
+
+    Attributes:
+        method: what was bound.
+        model: what it was bound to.
+        parts: the transforms in the order they apply.
+        spec: the shape of every leaf of `trainable`, by its keys.
+        held: the base weights that train themselves: they are in `trainable`, not in `frozen`.
+    """
+
+    def __init__(self, method: Method, model: FunctionalModel) -> None:
+        self.method = method
+        self.model = model
+        self.parts = tuple(_bound(method, model, ()))
+        # The leaves' shapes are found by a dry run on meta tensors; an init of a user that needs real values (a
+        # singular value decomposition, say) is run on the real weights.
+        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.params.items()}
+        try:
+            tree, held = self._init(meta, 0)
+        except (NotImplementedError, RuntimeError):
+            tree, held = self._init(model.params, 0)
+        self.spec = {keys: tuple(tensor.shape) for keys, tensor in leaves(tree)}
+        self.held = frozenset(held)
+        self._frozen_names = frozenset(model.params) - self.held
+
+    def init(self, key: Key) -> tuple[dict[str, Tensor], Tree]:
+        """Return the two trees `(frozen, trainable)`.
+
+        Args:
+            key: an int, or a `torch.Generator` from which one number is drawn. Every leaf depends on it and on the
+                leaf's own path only; no global generator is touched.
+
+        Returns:
+            `frozen`: the base weights by name, the same tensors as `model.params`, without those that train.
+            `trainable`: `{name of part: {path or group: {leaf: tensor}}}`; new tensors that require no gradient yet.
+        """
+        tree, held = self._init(self.model.params, as_key(key))
+        return {name: tensor for name, tensor in self.model.params.items() if name not in held}, tree
+
+    def apply(self, frozen: Mapping[str, Tensor], trainable: Mapping[str, Any]) -> Weights:
+        """Return the effective weights: pure, cheap (nothing is formed) and differentiable in both trees.
+
+        Args:
+            frozen: the base weights by name, as `init` gives them.
+            trainable: a tree of the same names and shapes as `init` gives; values, dtypes and devices are yours.
+
+        Raises:
+            TreeError: a leaf is missing, unknown, misshapen, or no floating-point tensor.
+            NameMismatchError: a base weight is missing or unknown.
+        """
+        self._check(frozen, trainable)
+        base = dict(frozen)
+        for part in self.parts:
+            if part.transform.holds is not None:
+                for name, tensor in part.transform.holds(part.subtree(trainable)).items():
+                    base[name] = tensor.to(self.model.params[name].dtype)
+        ordered = {name: base[name] for name in self.model.params}
+        weights = Weights(ordered, {**self.model.params, **frozen}, self.model.layouts)
+        for part in self.parts:
+            weights = weights.updated(part.transform.apply(part.subtree(trainable), weights.restrict(part.seen)))
+        return weights
+
+    def _init(self, params: Mapping[str, Tensor], key: int) -> tuple[Tree, set[str]]:
+        tree: Tree = {}
+        held: dict[str, Keys] = {}
+        weights = Weights(params, params, self.model.layouts)
+        for part in self.parts:
+            drawn = part.transform.init(weights.restrict(part.seen), _split_keys(key, part.keys))
+            own = from_leaves((keys, tensor.detach()) for keys, tensor in leaves(drawn))
+            insert(tree, part.keys, own)
+            for name in part.transform.holds(own) if part.transform.holds else ():
+                if name in held:
+                    raise OptionError(f"both {join(held[name])!r} and {join(part.keys)!r} train {name!r} itself")
+                held[name] = part.keys
+            weights = weights.updated(part.transform.apply(own, weights.restrict(part.seen)))
+        return tree, set(held)
+
+    def _check(self, frozen: Mapping[str, Tensor], trainable: Mapping[str, Any]) -> None:
+        if frozen.keys() != self._frozen_names:
+            odd = sorted(frozen.keys() ^ self._frozen_names)
+            raise NameMismatchError(
+                f"frozen must hold the {len(self._frozen_names)} base weights that do not train; missing or unknown: "
+                f"{', '.join(odd[:5])}. Pass the first tree of adapter.init"
+            )
+        check_tree(trainable, self.spec)
+
+    def __repr__(self) -> str:
+        return f"Adapter({', '.join(join(part.keys) for part in self.parts)} on {self.model!r})"
+
+
+def check_tree(tree: Mapping[str, Any], spec: Mapping[Keys, tuple[int, ...]]) -> None:
+    """Check that a tree has exactly these leaves.
+
+    Raises:
+        TreeError: names the first leaf that is missing, unknown, misshapen, or not of a floating-point dtype.
+    """
+    advice = "pass the second tree of adapter.init, or one of its structure"
+    seen = 0
+    for keys, tensor in leaves(tree):
+        shape = spec.get(keys)
+        if shape is None:
+            raise TreeError(f"the tree has a leaf {join(keys)!r} that this adapter does not know; {advice}")
+        if tensor.shape != shape:
+            raise TreeError(f"the leaf {join(keys)!r} is {tuple(tensor.shape)}, this adapter's is {shape}; {advice}")
+        if not tensor.is_floating_point():
+            raise TreeError(f"the leaf {join(keys)!r} is {tensor.dtype}; the leaves of an adapter are floating-point")
+        seen += 1
+    if seen != len(spec):
+        have = {keys for keys, _ in leaves(tree)}
+        missing = [join(keys) for keys in spec if keys not in have]
+        raise TreeError(f"the tree lacks {len(missing)} leaves: {', '.join(missing[:5])}; {advice}")
+
+
+def _bound(method: Method, model: FunctionalModel, prefix: Keys) -> Iterator[BoundPart]:
+    if isinstance(method, Chain):
+        inner = prefix if method.name is None else (*prefix, method.name)
+        for part in method.parts:
+            yield from _bound(part, model, inner)
+    else:
+        paths = method.resolve(model)
+        seen = paths if method.also is None else tuple(dict.fromkeys((*paths, *method.also(paths, model))))
+        yield BoundPart((*prefix, method.name), method, paths, seen, method.make(paths, model))
+
+
+def _split_keys(key: int, keys: Keys) -> int:
+    for name in keys:
+        key = split(key, name)
+    return key

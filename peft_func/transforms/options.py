@@ -1,0 +1,72 @@
+"""Checks that methods share: options that must be in range, and patterns that give one place another value."""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from peft_func.errors import OptionError
+from peft_func.functional.model import FunctionalModel
+
+Number = TypeVar("Number", int, float)
+
+
+def check_choice(method: str, option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        OptionError: names the choices.
+    """
+    if value not in choices:
+        raise OptionError(f"{method}: {option}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def check_rank(method: str, path: str, rank: int, shape: tuple[int, ...]) -> int:
+    """Return a rank that the matrix `[*batch, out, in]` can have.
+
+    Raises:
+        OptionError: the rank is no integer, below 1, or above the matrix's.
+    """
+    highest = min(shape[-2:])
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= highest:
+        raise OptionError(
+            f"{method}: rank={rank!r} for {path}, a matrix of {shape[-2]} x {shape[-1]}, whose ranks are 1 to "
+            f"{highest}; choose one of them, give this place its own (rank_pattern), or leave it out: "
+            f"pf.as_selector(where) & ~pf.exact([{path!r}])"
+        )
+    return rank
+
+
+def per_place(
+    method: str, option: str, patterns: Mapping[str, Number], paths: tuple[str, ...], model: FunctionalModel
+) -> dict[str, Number]:
+    """Return the value that a pattern gives to each place that matches one; the first pattern that matches wins.
+
+    PEFT's rule: a pattern is a regex for the module's whole path, or for its end after a dot.
+
+    Raises:
+        OptionError: a pattern matches no place, or is no regex.
+    """
+    values: dict[str, Number] = {}
+    for pattern, value in patterns.items():
+        try:
+            regex = re.compile(rf"(?:.*\.)?(?:{pattern})")
+        except re.error as error:
+            raise OptionError(f"{method}: the {option} {pattern!r} is not a regular expression: {error}") from None
+        matched = [path for path in paths if any(regex.fullmatch(name) for name in model.infos[path].names)]
+        if not matched:
+            raise OptionError(f"{method}: the {option} {pattern!r} matches none of its places: {', '.join(paths[:5])}")
+        for path in matched:
+            values.setdefault(path, value)
+    return values
+
+
+def biases(paths: tuple[str, ...], model: FunctionalModel) -> tuple[str, ...]:
+    """Return the names of the biases of the modules that own these weights."""
+    found = []
+    for path in paths:
+        module, dot, weight = path.rpartition(".")
+        # MultiheadAttention names its packed ones in_proj_weight and in_proj_bias.
+        bias = module + dot + weight.removesuffix("weight") + "bias"
+        if bias in model.params and bias not in found:
+            found.append(bias)
+    return tuple(found)

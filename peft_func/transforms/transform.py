@@ -1,0 +1,158 @@
+"""A method is two pure functions at chosen places, or a chain of such."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from peft_func.errors import OptionError, SelectorError
+from peft_func.functional.model import FunctionalModel
+from peft_func.trees.paths import Tree
+from peft_func.trees.select import Where, as_selector, resolve
+from peft_func.weights.mapping import Weights
+from peft_func.weights.matrix import Matrix
+from peft_func.weights.operator import Operator
+
+Changes: TypeAlias = Mapping[str, Tensor | Operator | Matrix]
+"""What a transform gives back: the new weights, by name, of what it changes."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Two pure functions, as in optax; nothing else is needed for a new method.
+
+    Attributes:
+        init: `(weights, key) -> tree`: the first values of what trains, a nested dict of tensors. `weights` is the
+            mapping restricted to what was selected, as transformed so far; `key` is an int (see `pf.split`).
+        apply: `(tree, weights) -> changes`: the weights that change, by name.
+        holds: `tree -> {name: tensor}`: base weights that live in the tree itself (they train), or None.
+        options: those of the constructor as JSON, where binding made them more definite, for files.
+    """
+
+    init: Callable[[Weights, int], Tree]
+    apply: Callable[[Tree, Weights], Changes]
+    holds: Callable[[Tree], Mapping[str, Tensor]] | None = None
+    options: dict[str, Any] | None = None
+
+
+Make: TypeAlias = Callable[[tuple[str, ...], FunctionalModel], Transform]
+"""Builds a transform for the places that its selector chose in a model: ranks, scales and groups are fixed here."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A method at its places, under its name; made by `pf.lora`, `pf.on` and the like.
+
+    Attributes:
+        where: the selector of its places.
+        make: builds the transform, once, when it is bound.
+        name: its sub-tree in the adapter's tree.
+        options: what the constructor `kind` needs to build it again, as JSON; None for a user's own method.
+        kind: the name of the constructor, for files.
+        matrices: whether it looks only at parameters of two dimensions or more.
+        also: further parameters that go with the chosen ones (their biases).
+    """
+
+    where: Where
+    make: Make
+    name: str
+    kind: str | None = None
+    options: dict[str, Any] | None = None
+    matrices: bool = True
+    also: Callable[[tuple[str, ...], FunctionalModel], tuple[str, ...]] | None = None
+
+    def resolve(self, model: FunctionalModel) -> tuple[str, ...]:
+        """Return the names of the parameters it is for.
+
+        Raises:
+            SelectorError: there are none.
+        """
+        infos = list(model.infos.values())
+        if not self.matrices:
+            return resolve(self.where, infos, self.name)
+        selector = as_selector(self.where)
+        chosen = tuple(info.path for info in infos if info.ndim >= 2 and selector(info.path, info))
+        if chosen:
+            return chosen
+        vectors = resolve(self.where, infos, self.name)  # raises, unless it selects biases and norms
+        raise SelectorError(
+            f"{self.name}: the selector matches only parameters of fewer than two dimensions "
+            f"({', '.join(vectors[:4])}), and {self.name} adapts matrices; to train these themselves, use pf.train"
+        )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Methods applied left to right; a named chain has a sub-tree of its own."""
+
+    parts: tuple["Part | Chain", ...]
+    name: str | None = None
+
+
+Method: TypeAlias = Part | Chain
+
+
+def on(where: Where, transform: Transform, *, name: str) -> Part:
+    r"""Put your own transform at chosen places.
+
+    Args:
+        where: a selector over all parameters, biases and norms included.
+        transform: the two functions.
+        name: its sub-tree in the adapter's tree.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> shift = pf.Transform(
+        ...     init=lambda weights, key: {p: {"shift": torch.zeros_like(w)} for p, w in weights.items()},
+        ...     apply=lambda tree, weights: {p: w + tree[p]["shift"] for p, w in weights.items()},
+        ... )
+        >>> adapter = pf.bind(pf.on(r".*bias", shift, name="shift"), pf.functionalize(torch.nn.Linear(4, 3)))
+        >>> frozen, trainable = adapter.init(0)
+        >>> list(trainable["shift"]["bias"])
+        ['shift']
+    """
+    return Part(where, lambda paths, model: transform, check_name(name), matrices=False)
+
+
+def chain(*methods: Method, name: str | None = None) -> Chain:
+    r"""Compose methods left to right: later ones see what earlier ones made.
+
+    Args:
+        *methods: parts and chains. A chain without a name is as if its parts stood there themselves, so chaining is
+            associative, and `pf.chain()` is its unit.
+        name: a sub-tree of its own for the whole chain.
+
+    Raises:
+        OptionError: two parts have one name, or something is no method.
+
+    Example:
+        >>> import peft_func as pf
+        >>> method = pf.chain(pf.lora(["q_proj", "v_proj"], rank=8), pf.train(r"classifier\..*"))
+        >>> [part.name for part in method.parts]
+        ['lora', 'train']
+    """
+    parts: list[Method] = []
+    for method in methods:
+        if not isinstance(method, Part | Chain):
+            raise OptionError(
+                f"chain takes methods, such as pf.lora(...); it got a {type(method).__name__}. "
+                "A pf.Transform gets its places with pf.on(where, transform, name=...)"
+            )
+        parts += method.parts if isinstance(method, Chain) and method.name is None else [method]
+    names = [part.name for part in parts]
+    twice = [name for name in names if name is not None and names.count(name) > 1]
+    if twice:
+        raise OptionError(f"two parts of the chain are named {twice[0]!r}; give one another name: name='{twice[0]}_2'")
+    return Chain(tuple(parts), None if name is None else check_name(name))
+
+
+def check_name(name: object) -> str:
+    """Return the name of a part, if it can be one.
+
+    Raises:
+        OptionError: it is empty, no string, or has a dot in it.
+    """
+    if not isinstance(name, str) or not name or "." in name:
+        raise OptionError(f"a part's name is a word without dots, such as 'lora'; it got {name!r}")
+    return name

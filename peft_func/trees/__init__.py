@@ -1,0 +1,1 @@
+"""Trees of tensors: paths, selectors, partitions, keys, stacks."""

@@ -1,0 +1,53 @@
+"""Many trees of one structure as one tree with a leading axis, and back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from peft_func.errors import TreeError
+from peft_func.trees.paths import Tree, from_leaves, join, leaves, map_leaves
+
+
+def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
+    """Stack trees of the same keys and shapes: every leaf gets a leading axis of length `len(trees)`.
+
+    Raises:
+        TreeError: there is no tree, or a leaf is missing, is too many or has another shape somewhere.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> pf.stack([{"a": torch.zeros(3)}, {"a": torch.ones(3)}])["a"].shape
+        torch.Size([2, 3])
+    """
+    if not trees:
+        raise TreeError("stack needs at least one tree")
+    columns = [dict(leaves(tree)) for tree in trees]
+    for number, column in enumerate(columns[1:], 1):
+        for keys in columns[0].keys() ^ column.keys():
+            raise TreeError(f"the leaf {join(keys)!r} is not in both tree 0 and tree {number}; they must be alike")
+        for keys, tensor in column.items():
+            if tensor.shape != columns[0][keys].shape:
+                raise TreeError(
+                    f"the leaf {join(keys)!r} is {tuple(tensor.shape)} in tree {number} "
+                    f"but {tuple(columns[0][keys].shape)} in tree 0; trees of one bound adapter are alike"
+                )
+    return from_leaves((keys, torch.stack([column[keys] for column in columns])) for keys in columns[0])
+
+
+def unstack(stacked: Mapping[str, Any]) -> list[Tree]:
+    """Undo `stack`: one tree for each place on the leading axis; the leaves are views.
+
+    Raises:
+        TreeError: the tree is empty, or its leaves have no common leading length.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> [tree["a"].tolist() for tree in pf.unstack({"a": torch.tensor([[1.0], [2.0]])})]
+        [[1.0], [2.0]]
+    """
+    lengths = {join(keys): (tensor.shape[0] if tensor.ndim else None) for keys, tensor in leaves(stacked)}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise TreeError(f"unstack needs leaves with one common leading length; found {lengths}")
+    (count,) = set(lengths.values())
+    return [map_leaves(lambda tensor, i=i: tensor[i], stacked) for i in range(count or 0)]  # type: ignore[misc]

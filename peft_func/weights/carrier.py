@@ -1,0 +1,140 @@
+"""The carrier takes an operator through a module's own code, which expects a tensor.
+
+It is an empty tensor on the meta device with the operator as an attribute: it holds no storage, so a use that slips
+past the rules meets the meta device instead of base values. Every torch function on it comes to `__torch_function__`,
+which answers questions about shape, dtype and device, uses the rule for the function where there is one, and
+otherwise forms the weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from peft_func.errors import LeakError
+from peft_func.weights.densify import note_densified
+from peft_func.weights.operator import Operator
+
+Rule: TypeAlias = Callable[..., Any]
+"""A function of the arguments of the torch function; it may return `NotImplemented` to have the weight formed."""
+
+RULES: dict[Any, Rule] = {}
+"""How each torch function acts with carriers among its arguments."""
+
+
+def implements(*functions: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for torch functions."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+class Carrier(Tensor):
+    """An operator in the clothes of a tensor; it lives for one call of a model."""
+
+    op: Operator
+    grad_enabled: bool
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _OF_THE_SHELL:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        rule = RULES.get(func)
+        if rule is not None:
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        name = getattr(func, "__name__", str(func))
+        if (name.endswith("_") and not name.endswith("__")) or "out" in kwargs or name in _WRITES:
+            path = next(carrier.op.path for carrier in (*args, *kwargs.values()) if isinstance(carrier, Carrier))
+            raise LeakError(
+                f"{name} writes to the effective weight {path!r}, which is computed for this call only; "
+                "a model that updates its own weights in place is no pure function of them"
+            )
+        return func(*_plain(args, name), **_plain(kwargs, name))
+
+
+def carry(op: Operator) -> Carrier:
+    """Dress an operator as a tensor."""
+    # Inside autograd.Function the value would be right and the gradient dropped. In eager mode the shell therefore
+    # requires a gradient, which autograd refuses to accept on the meta device; under functorch and compile, where a
+    # tensor cannot be told to require one, forming the weight checks that gradients are still on.
+    grad_enabled = torch.is_grad_enabled()
+    wants_grad = grad_enabled and not _in_transform() and op.requires_grad
+    shell = torch.empty(op.layout.shape, dtype=op.dtype, device="meta", requires_grad=wants_grad)
+    carrier = shell.as_subclass(Carrier)
+    carrier.op = op
+    carrier.grad_enabled = grad_enabled and not wants_grad and _in_transform()
+    return carrier
+
+
+def form(carrier: Carrier, reason: str) -> Tensor:
+    """Form the weight of a carrier, as the densify policy allows.
+
+    Raises:
+        LeakError: the carrier went into an `autograd.Function`, which would drop its gradient.
+        DensifyError: the policy forbids it.
+    """
+    if carrier.op.matrix.has_dropout:
+        raise LeakError(
+            f"{reason} needs the effective weight {carrier.op.path!r} itself, but its transform drops activations, "
+            "which no weight can express; use dropout=0, model.eval(), or adapt another place"
+        )
+    if carrier.grad_enabled and not torch.is_grad_enabled():
+        raise LeakError(
+            f"{reason} reads the effective weight {carrier.op.path!r} where gradients are off, in a call where they "
+            "are on; inside an autograd.Function its gradient would be lost"
+        )
+    note_densified(carrier.op.path, reason)
+    return carrier.op.materialise()
+
+
+def _plain(value: Any, reason: str) -> Any:
+    """Replace the carriers in (nested) arguments by the weights they stand for."""
+    if isinstance(value, Carrier):
+        return form(value, reason)
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(item, reason) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item, reason) for key, item in value.items()}
+    return value
+
+
+def _in_transform() -> bool:
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def getter(name: str) -> Any:
+    """Return the function that torch passes to `__torch_function__` when an attribute is read."""
+    return getattr(Tensor, name).__get__
+
+
+# What the empty tensor itself answers rightly.
+_OF_THE_SHELL = {
+    *map(getter, ["shape", "dtype", "ndim", "layout", "is_sparse", "is_quantized", "is_nested", "is_mkldnn"]),
+    *map(getter, ["itemsize", "nbytes", "_version"]),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.ndimension,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.element_size,
+    Tensor.__len__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+
+_WRITES = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "data_ptr", "untyped_storage"}

@@ -1,0 +1,81 @@
+"""How a convolution acts with the matrix of a weight, `[out, in / groups * taps]`, instead of the weight itself.
+
+For a transposed convolution, whose weight is stored as `[in, out / groups, *kernel]`, the matrix is
+`[out / groups, in * taps]`: in both cases a low-rank update is a convolution to `rank` channels (in every group) and
+a pointwise one behind it, and `A` has the layer's inputs and kernel, `B` its outputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peft_func.weights.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One call of a convolution.
+
+    Attributes:
+        dims: 1, 2 or 3.
+        transposed: whether it is a `conv_transpose`.
+        kernel: the extent of the kernel in each dimension.
+        groups: the number of groups.
+        options: stride, padding, dilation (and output_padding), as the function takes them.
+        formed: gives the dense form of a matrix that has no convolution of its own, and says so to the user.
+    """
+
+    dims: int
+    transposed: bool
+    kernel: tuple[int, ...]
+    groups: int
+    options: dict[str, Any]
+    formed: "Callable[[Matrix], Tensor]"
+
+    @property
+    def taps(self) -> int:
+        """The number of weights between one input channel and one output channel."""
+        return prod(self.kernel)
+
+    def full(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve with the weight whose matrix this is: `[n, in / groups * taps]`, or `[n, in * taps]` transposed."""
+        weight = matrix.reshape(*matrix.shape[:-1], -1, *self.kernel)
+        if self.transposed:
+            return _TRANSPOSED[self.dims](x, weight.transpose(0, 1), bias, groups=self.groups, **self.options)
+        return _PLAIN[self.dims](x, weight, bias, groups=self.groups, **self.options)
+
+    def share_over_groups(self, A: Tensor) -> Tensor:
+        """Return the first factor as the matrix of a convolution that gives `groups * rank` channels."""
+        return A if self.transposed or self.groups == 1 else A.repeat(self.groups, 1)
+
+    def pointwise(self, x: Tensor, B: Tensor) -> Tensor:
+        """Mix `groups * rank` channels to the outputs, each group on its own."""
+        rows = B.repeat(self.groups, 1) if self.transposed and self.groups > 1 else B
+        return _PLAIN[self.dims](x, rows.reshape(*rows.shape, *[1] * self.dims), groups=self.groups)
+
+    def channels(self, vector: Tensor) -> Tensor:
+        """Return a vector over channels in a shape that broadcasts with activations, batched or not."""
+        return vector.reshape(-1, *[1] * self.dims)
+
+    def scale_out(self, y: Tensor, vector: Tensor) -> Tensor:
+        """Scale the outputs, by the diagonal over the rows of the matrix."""
+        vector = vector.repeat(self.groups) if self.transposed else vector
+        return (y * self.channels(vector)).to(y.dtype)
+
+    def scale_in(self, x: Tensor, vector: Tensor) -> Tensor:
+        """Scale the inputs, by the diagonal over the input channels of the matrix."""
+        vector = vector if self.transposed else vector.repeat(self.groups)
+        return (x * self.channels(vector)).to(x.dtype)
+
+
+_PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}

@@ -1,0 +1,381 @@
+"""A small algebra of matrices that act without being formed.
+
+    W + s B A          Sum(Dense(W), LowRank(B, A, s))                         LoRA
+    W (I + phi psi)    Product(Dense(W), IdentityPlus(LowRank(phi, psi)))      GIFT
+    diag(l) W          Product(Diagonal(l), Dense(W))                          IA3
+    diag(m / |V|) V    Product(Diagonal(m / V.square_norms().sqrt()), V)       DoRA
+
+`+` and `@` make a Sum and a Product too; torch.compile follows `+`, but not `@`, on objects that are no tensors.
+
+A matrix is `[out, in]`, or `[experts, out, in]`: a batch of matrices, one of which acts on each slice of its input.
+A new kind of matrix is a subclass of `Matrix` with the methods marked abstract; all else has a right default.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_func.weights.convolution import Convolution
+
+Rows: TypeAlias = slice | Tensor
+"""Rows of a matrix: a slice of them, or an int64 tensor `[n]`."""
+
+Leafwise: TypeAlias = Callable[[Tensor, int], Tensor]
+"""A function of a tensor of an expression and of its number of dimensions in a single matrix (without experts)."""
+
+
+class Matrix(ABC):
+    """A linear map from `in` to `out`, or a batch of them; closed under `+`, `@` and `.T`."""
+
+    shape: tuple[int, ...]
+    is_structured = True  # cheap to apply without its dense form; only what holds a Dense is not
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors it is made of."""
+
+    @abstractmethod
+    def map(self, function: Leafwise) -> "Matrix":
+        """Return the same expression over other tensors."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `x M^T + bias`: `[*, in]` to `[*, out]`."""
+
+    @property
+    @abstractmethod
+    def T(self) -> "Matrix":
+        """The transpose."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return it formed, computed in `dtype`."""
+
+    def take(self, rows: Rows) -> "Matrix":
+        """Return some rows of a single matrix, as a matrix."""
+        return Dense(_pick(self.dense(self.compute_dtype), rows))
+
+    def square_norms(self) -> Tensor:
+        """Return the squared norm of every row: `[*, out]`."""
+        return torch.square(torch.linalg.vector_norm(self.dense(self.compute_dtype), dim=-1))
+
+    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
+        """Convolve `x` with the weight whose matrix `[out, in * kernel]` this is."""
+        return how.full(x, how.formed(self), bias)
+
+    def select(self, experts: int | Tensor) -> "Matrix":
+        """Return one matrix of a batch (an integer), or a batch of some of them (an int64 tensor `[n]`)."""
+        return self.map(lambda tensor, ndim: tensor[experts] if tensor.dim() > ndim else tensor)
+
+    def deterministic(self) -> "Matrix":
+        """Return it without dropout."""
+        return self
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether it drops units when it acts."""
+        return False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype to form it in before rounding once: that of all its tensors together, float32 at least."""
+        dtype = torch.float32
+        for tensor in self.tensors():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return dtype
+
+    def __add__(self, other: "Matrix") -> "Matrix":
+        return Sum(self, other)
+
+    def __matmul__(self, other: "Matrix") -> "Matrix":
+        return Product(self, other)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{list(self.shape)}"
+
+
+def _pick(tensor: Tensor, rows: Rows) -> Tensor:
+    # F.embedding is the same as indexing for a matrix, with a cheaper backward.
+    return F.embedding(rows, tensor) if isinstance(rows, Tensor) and tensor.dim() == 2 else tensor[rows]
+
+
+def _add(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
+
+
+class Dense(Matrix):
+    """A matrix that is there, as a tensor."""
+
+    is_structured = False
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.shape = tuple(tensor.shape)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
+
+    def map(self, function: Leafwise) -> Matrix:
+        return Dense(function(self.tensor, 2))
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(self.shape) == 2:
+            return F.linear(x, self.tensor, bias)
+        return _add(torch.matmul(x, self.tensor.mT), bias)
+
+    @property
+    def T(self) -> Matrix:
+        return Dense(self.tensor.mT)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.to(dtype)
+
+    def take(self, rows: Rows) -> Matrix:
+        return Dense(_pick(self.tensor, rows))
+
+    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
+        return how.full(x, self.tensor, bias)
+
+
+class IdentityPlus(Matrix):
+    """`I + inner`, for a square `inner`."""
+
+    def __init__(self, inner: Matrix) -> None:
+        self.inner = inner
+        self.shape = inner.shape
+        self.is_structured = inner.is_structured
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.inner.tensors()
+
+    def map(self, function: Leafwise) -> Matrix:
+        return IdentityPlus(self.inner.map(function))
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _add(x + self.inner.linear(x).to(x.dtype), bias)
+
+    @property
+    def T(self) -> Matrix:
+        return IdentityPlus(self.inner.T)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        inner = self.inner.dense(dtype)
+        return inner + torch.eye(inner.shape[-1], dtype=dtype, device=inner.device)
+
+    def deterministic(self) -> Matrix:
+        return IdentityPlus(self.inner.deterministic())
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.inner.has_dropout
+
+
+class Diagonal(Matrix):
+    """`diag(v)`, each entry of `v` standing `repeat` times in a row (a channel scale, over the kernel's taps)."""
+
+    def __init__(self, vector: Tensor, repeat: int = 1) -> None:
+        self.vector = vector
+        self.repeat = repeat
+        n = vector.shape[-1] * repeat
+        self.shape = (*vector.shape[:-1], n, n)
+
+    @property
+    def entries(self) -> Tensor:
+        """The diagonal: `[*, n]`."""
+        return self.vector if self.repeat == 1 else self.vector.repeat_interleave(self.repeat, -1)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.vector,)
+
+    def map(self, function: Leafwise) -> Matrix:
+        return Diagonal(function(self.vector, 1), self.repeat)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        entries = self.entries if self.vector.dim() == 1 else self.entries.unsqueeze(-2)
+        return _add((x * entries).to(x.dtype), bias)
+
+    @property
+    def T(self) -> Matrix:
+        return self
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.diag_embed(self.entries.to(dtype))
+
+
+class LowRank(Matrix):
+    """`s B A`, with dropout on what it acts on.
+
+    Args:
+        B: `[*, out, rank]`.
+        A: `[*, rank, in]`.
+        scale: `s`.
+        dropout: the probability of dropping an input when it acts on activations; the formed matrix has none.
+    """
+
+    def __init__(self, B: Tensor, A: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
+        self.B, self.A, self.scale, self.dropout = B, A, scale, dropout
+        self.shape = (*(B if B.dim() > 2 else A).shape[:-2], B.shape[-2], A.shape[-1])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.B, self.A)
+
+    def map(self, function: Leafwise) -> Matrix:
+        return LowRank(function(self.B, 2), function(self.A, 2), self.scale, self.dropout)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        inner = Dense(self.A).linear(self._drop(x).to(self.A.dtype))
+        # Scaling the narrow activation costs rank / out of scaling the wide one.
+        return _add(Dense(self.B).linear(inner if self.scale == 1.0 else inner * self.scale).to(x.dtype), bias)
+
+    @property
+    def T(self) -> Matrix:
+        return LowRank(self.A.mT, self.B.mT, self.scale, self.dropout)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        product = self.B.to(dtype) @ self.A.to(dtype)
+        return product if self.scale == 1.0 else product * self.scale
+
+    def take(self, rows: Rows) -> Matrix:
+        return LowRank(_pick(self.B, rows), self.A, self.scale, self.dropout)
+
+    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
+        inner = how.full(self._drop(x).to(self.A.dtype), how.share_over_groups(self.A))
+        y = how.pointwise(inner if self.scale == 1.0 else inner * self.scale, self.B).to(x.dtype)
+        return y if bias is None else y + how.channels(bias)
+
+    def deterministic(self) -> Matrix:
+        return LowRank(self.B, self.A, self.scale)
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.dropout > 0.0
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout > 0.0 else x
+
+
+class Sum(Matrix):
+    """`left + right`."""
+
+    def __init__(self, left: Matrix, right: Matrix) -> None:
+        self.left, self.right = left, right
+        self.shape = left.shape if len(left.shape) >= len(right.shape) else right.shape
+        self.is_structured = left.is_structured and right.is_structured
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.left.tensors() + self.right.tensors()
+
+    def map(self, function: Leafwise) -> Matrix:
+        return Sum(self.left.map(function), self.right.map(function))
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = self.left.linear(x, bias)
+        return y + self.right.linear(x).to(y.dtype)  # autocast gives the two sides different dtypes
+
+    @property
+    def T(self) -> Matrix:
+        return Sum(self.left.T, self.right.T)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.left.dense(dtype) + self.right.dense(dtype)
+
+    def take(self, rows: Rows) -> Matrix:
+        return Sum(self.left.take(rows), self.right.take(rows))
+
+    def square_norms(self) -> Tensor:
+        if not isinstance(self.right, LowRank):
+            return super().square_norms()
+        # |w + u|^2 = |w|^2 + 2 w.u + |u|^2 for each row, with u = s b A: nothing of the size of W is formed but W.
+        dtype, low = self.compute_dtype, self.right
+        B, A = low.B.to(dtype) * low.scale, low.A.to(dtype)
+        base = self.left.map(lambda tensor, _: tensor.to(dtype))
+        cross = (base.linear(A).mT * B).sum(-1)
+        return base.square_norms() + 2 * cross + ((B @ (A @ A.mT)) * B).sum(-1)
+
+    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
+        y = self.left.conv(x, how, bias)
+        return y + self.right.conv(x, how).to(y.dtype)
+
+    def deterministic(self) -> Matrix:
+        return Sum(self.left.deterministic(), self.right.deterministic())
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.left.has_dropout or self.right.has_dropout
+
+
+class Product(Matrix):
+    """`left @ right`."""
+
+    def __init__(self, left: Matrix, right: Matrix) -> None:
+        self.left, self.right = left, right
+        batch = left.shape[:-2] if len(left.shape) >= len(right.shape) else right.shape[:-2]
+        self.shape = (*batch, left.shape[-2], right.shape[-1])
+        self.is_structured = left.is_structured and right.is_structured
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.left.tensors() + self.right.tensors()
+
+    def map(self, function: Leafwise) -> Matrix:
+        return Product(self.left.map(function), self.right.map(function))
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.left.linear(self.right.linear(x), bias)
+
+    @property
+    def T(self) -> Matrix:
+        return Product(self.right.T, self.left.T)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        # Form the side that holds the base weight, and let the structured side act on it.
+        if self.left.is_structured:
+            return self.left.deterministic().linear(self.right.dense(dtype).mT).mT.to(dtype)
+        return self.right.deterministic().T.linear(self.left.dense(dtype)).to(dtype)
+
+    def take(self, rows: Rows) -> Matrix:
+        match self.left:
+            case Diagonal() as left:
+                return Product(Diagonal(left.entries[rows]), self.right.take(rows))
+            case IdentityPlus() as left:
+                return Sum(self.right.take(rows), Product(left.inner, self.right).take(rows))
+            case Sum() as left:
+                return Sum(Product(left.left, self.right).take(rows), Product(left.right, self.right).take(rows))
+            case left:
+                return Product(left.take(rows), self.right)
+
+    def square_norms(self) -> Tensor:
+        match self.left, self.right:
+            case Diagonal() as left, right:
+                return left.entries.square() * right.square_norms()
+            case left, IdentityPlus(inner=LowRank() as low):
+                return Sum(left, _absorb(left, low)).square_norms()
+            case _:
+                return super().square_norms()
+
+    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
+        match self.left, self.right:
+            case Diagonal(repeat=1) as left, right:
+                y = how.scale_out(right.conv(x, how), left.vector)
+                return y if bias is None else y + how.channels(bias)
+            case left, Diagonal(repeat=how.taps) as right:
+                return left.conv(how.scale_in(x, right.vector), how, bias)
+            case left, IdentityPlus(inner=LowRank() as low):
+                return Sum(left, _absorb(left, low)).conv(x, how, bias)
+            case _:
+                return super().conv(x, how, bias)
+
+    def deterministic(self) -> Matrix:
+        return Product(self.left.deterministic(), self.right.deterministic())
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.left.has_dropout or self.right.has_dropout
+
+
+def _absorb(left: Matrix, low: LowRank) -> LowRank:
+    """Return `left @ low` as one low-rank matrix: `rank` columns go through `left`."""
+    return LowRank(left.linear(low.B.mT).mT, low.A, low.scale, low.dropout)
