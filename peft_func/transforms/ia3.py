@@ -63,7 +63,9 @@ def ia3(where: Where, *, side: str = "output", scale_bias: bool = False, name: s
                 else:
                     changes[path] = Product(Diagonal(scale), matrix)
                 for bias in bias_of.get(path, ()):
-                    changes[bias] = (weights[bias] * scale).to(weights[bias].dtype)
+                    value = weights[bias]
+                    # A grouped transposed convolution has one row of its matrix for the same output of every group.
+                    changes[bias] = (value * scale.repeat(value.shape[0] // scale.shape[0])).to(value.dtype)
             return changes
 
         return Transform(init, apply)

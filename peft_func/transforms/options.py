@@ -67,6 +67,6 @@ def biases(paths: tuple[str, ...], model: FunctionalModel) -> tuple[str, ...]:
         module, dot, weight = path.rpartition(".")
         # MultiheadAttention names its packed ones in_proj_weight and in_proj_bias.
         bias = module + dot + weight.removesuffix("weight") + "bias"
-        if bias in model.params and bias not in found:
+        if bias in model.params:
             found.append(bias)
     return tuple(found)

@@ -292,7 +292,7 @@ class Sum(Matrix):
         # |w + u|^2 = |w|^2 + 2 w.u + |u|^2 for each row, with u = s b A: nothing of the size of W is formed but W.
         dtype, low = self.compute_dtype, self.right
         B, A = low.B.to(dtype) * low.scale, low.A.to(dtype)
-        base = self.left.map(lambda tensor, _: tensor.to(dtype))
+        base = _cast(self.left, dtype)
         cross = (base.linear(A).mT * B).sum(-1)
         return base.square_norms() + 2 * cross + ((B @ (A @ A.mT)) * B).sum(-1)
 
@@ -333,8 +333,8 @@ class Product(Matrix):
     def dense(self, dtype: torch.dtype) -> Tensor:
         # Form the side that holds the base weight, and let the structured side act on it.
         if self.left.is_structured:
-            return self.left.deterministic().linear(self.right.dense(dtype).mT).mT.to(dtype)
-        return self.right.deterministic().T.linear(self.left.dense(dtype)).to(dtype)
+            return _cast(self.left.deterministic(), dtype).linear(self.right.dense(dtype).mT).mT
+        return _cast(self.right.deterministic(), dtype).T.linear(self.left.dense(dtype))
 
     def take(self, rows: Rows) -> Matrix:
         match self.left:
@@ -378,4 +378,8 @@ class Product(Matrix):
 
 def _absorb(left: Matrix, low: LowRank) -> LowRank:
     """Return `left @ low` as one low-rank matrix: `rank` columns go through `left`."""
-    return LowRank(left.linear(low.B.mT).mT, low.A, low.scale, low.dropout)
+    return LowRank(_cast(left, low.B.dtype).linear(low.B.mT).mT, low.A, low.scale, low.dropout)
+
+
+def _cast(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+    return matrix.map(lambda tensor, _: tensor.to(dtype))

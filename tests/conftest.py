@@ -1,0 +1,30 @@
+"""Settings of every test: a deterministic hypothesis profile, and no network."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the tests run in parallel processes; tiny models gain nothing from threads
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=20,
+    database=None,
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("thorough", parent=settings.get_profile("ci"), derandomize=False, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _no_global_randomness(request):
+    """The library draws from keys only: a test that leaves the global generator changed says so with a marker."""
+    before = torch.get_rng_state()
+    yield
+    if "uses_global_rng" not in request.keywords:
+        assert torch.equal(before, torch.get_rng_state()), "the global random generator was used"
