@@ -9,6 +9,8 @@ RANKS = st.integers(1, 2)
 
 
 class TestLora(Laws):
+    compiled = ["mlp", "conv", "attention", "bert", "gpt2", "llama"]
+
     @staticmethod
     def methods(animal, where):
         return st.builds(
@@ -23,10 +25,14 @@ class TestLora(Laws):
 
 
 class TestGift(Laws):
+    compiled = ["mlp", "conv", "attention", "bert", "llama"]
+
     @staticmethod
     def methods(animal, where):
         anywhere = st.builds(pf.gift, st.just(where), rank=RANKS, share=st.just("none"))
-        return anywhere | st.builds(pf.gift, st.just(animal.narrow), rank=RANKS, share=st.sampled_from(["target", "all"]))
+        return anywhere | st.builds(
+            pf.gift, st.just(animal.narrow), rank=RANKS, share=st.sampled_from(["target", "all"])
+        )
 
 
 class TestIA3(Laws):
