@@ -1,8 +1,7 @@
 """A module as a pure function of its weights."""
 
 import copy
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optree
@@ -69,7 +68,8 @@ class FunctionalModel:
         canonical = {id(tensor): name for name, tensor in root.named_parameters()}
         self.ties = {name: canonical[id(tensor)] for name, tensor in every.items() if name not in params}
         self.infos = {name: self._info(name) for name in params}
-        self.layouts: Mapping[str, Layout] = MappingProxyType({n: layout_of(info) for n, info in self.infos.items()})
+        self.layouts: dict[str, Layout] = {name: layout_of(info) for name, info in self.infos.items()}
+        self._trains = any(module.training for module in root.modules())
         self._training = {name: self._owner(name).training for name in params}
         self._renormed = [
             name
@@ -118,6 +118,9 @@ class FunctionalModel:
         if state.keys() != self.state.keys():
             raise NameMismatchError(_name_difference("state", state, self.state))
         buffers = {name: tensor.clone() for name, tensor in state.items()}
+        if buffers and self._trains and torch._C._functorch.peek_interpreter_stack() is not None:
+            given = (tensor for name, tensor in bound.items() if tensor is not self.params[name])
+            buffers = _mapped_like((*given, *args, *kwargs.values()), buffers)
         if torch.compiler.is_compiling():
             # Dynamo follows functional_call, but not a module that is made inside the graph; what it traces runs
             # without the skeleton, so the swapping that functional_call does is never seen by another thread.
@@ -256,6 +259,21 @@ def _check_fit(name: str, weight: Any, own: Tensor, kinds: dict[Any, tuple[str, 
             f"the weight {name!r} is {kind[0]} on {kind[1]}, but {first!r} is {expected[0]} on {expected[1]}; "
             f"cast or move all weights alike, e.g. weights[{name!r}].to({str(expected[1])!r}, {expected[0]})"
         )
+
+
+def _mapped_like(values: Iterable[Any], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make every buffer a separate one for each member that a `vmap` maps any of the values over.
+
+    BatchNorm in train mode writes statistics of mapped activations into its buffers, which vmap allows only if they
+    are mapped themselves.
+    """
+    zero = torch.zeros(())
+    for value in values:
+        for tensor in value.op.tensors() if isinstance(value, Carrier) else (value,):
+            if isinstance(tensor, Tensor):
+                # zeros_like has no graph and no values, but is mapped wherever its argument is.
+                zero = zero + torch.zeros_like(tensor.detach().flatten()[:1], dtype=zero.dtype, device="cpu").sum()
+    return {name: buffer + zero.to(buffer.device, buffer.dtype) for name, buffer in buffers.items()}
 
 
 def _name_difference(

@@ -37,7 +37,6 @@ class Carrier(Tensor):
     """An operator in the clothes of a tensor; it lives for one call of a model."""
 
     op: Operator
-    grad_enabled: bool
 
     @classmethod
     def __torch_function__(
@@ -64,15 +63,14 @@ class Carrier(Tensor):
 
 def carry(op: Operator) -> Carrier:
     """Dress an operator as a tensor."""
-    # Inside autograd.Function the value would be right and the gradient dropped. In eager mode the shell therefore
-    # requires a gradient, which autograd refuses to accept on the meta device; under functorch and compile, where a
-    # tensor cannot be told to require one, forming the weight checks that gradients are still on.
-    grad_enabled = torch.is_grad_enabled()
-    wants_grad = grad_enabled and not _in_transform() and op.requires_grad
-    shell = torch.empty(op.layout.shape, dtype=op.dtype, device="meta", requires_grad=wants_grad)
+    # An autograd.Function takes the shell without asking `__torch_function__`, and whatever gradient it returned would
+    # be lost. The shell therefore requires a gradient, which autograd then refuses to accept on the meta device. Under
+    # functorch and compile such a function does ask, and the weight is formed for it.
+    in_transform = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    requires_grad = not in_transform and torch.is_grad_enabled() and op.requires_grad
+    shell = torch.empty(op.layout.shape, dtype=op.dtype, device="meta", requires_grad=requires_grad)
     carrier = shell.as_subclass(Carrier)
     carrier.op = op
-    carrier.grad_enabled = grad_enabled and not wants_grad and _in_transform()
     return carrier
 
 
@@ -80,18 +78,13 @@ def form(carrier: Carrier, reason: str) -> Tensor:
     """Form the weight of a carrier, as the densify policy allows.
 
     Raises:
-        LeakError: the carrier went into an `autograd.Function`, which would drop its gradient.
+        LeakError: its transform drops activations.
         DensifyError: the policy forbids it.
     """
     if carrier.op.matrix.has_dropout:
         raise LeakError(
             f"{reason} needs the effective weight {carrier.op.path!r} itself, but its transform drops activations, "
             "which no weight can express; use dropout=0, model.eval(), or adapt another place"
-        )
-    if carrier.grad_enabled and not torch.is_grad_enabled():
-        raise LeakError(
-            f"{reason} reads the effective weight {carrier.op.path!r} where gradients are off, in a call where they "
-            "are on; inside an autograd.Function its gradient would be lost"
         )
     note_densified(carrier.op.path, reason)
     return carrier.op.materialise()
@@ -106,10 +99,6 @@ def _plain(value: Any, reason: str) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item, reason) for key, item in value.items()}
     return value
-
-
-def _in_transform() -> bool:
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def getter(name: str) -> Any:

@@ -2,12 +2,12 @@
 
 import contextlib
 import copy
-import os
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import optree
@@ -256,13 +256,12 @@ class Laws:
     def test_10_save_and_load(self, data):
         case = data.draw(self.cases())
         with tempfile.TemporaryDirectory() as folder:
-            path, twin = os.path.join(folder, "a.safetensors"), os.path.join(folder, "b.safetensors")
+            path, twin = Path(folder, "a.safetensors"), Path(folder, "b.safetensors")
             pf.save(path, case.adapter, case.tree)
             adapter, frozen, tree = pf.load(path, case.model)
             pf.save(twin, adapter, tree)
-            with open(path, "rb") as one, open(twin, "rb") as two:
-                assert one.read() == two.read()
-            assert sorted(os.listdir(folder)) == ["a.safetensors", "b.safetensors"]
+            assert path.read_bytes() == twin.read_bytes()
+            assert sorted(Path(folder).iterdir()) == [path, twin]
         assert close(tree, case.tree, 0.0)
         assert list(frozen) == list(case.frozen)
         assert close(case.run(adapter.apply(frozen, tree)), case.call(case.tree), VALUES)

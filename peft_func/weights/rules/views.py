@@ -18,11 +18,14 @@ def _view(carrier: Carrier, matrix: Matrix) -> Carrier:
     return carry(Operator(matrix, Layout(Storage.MATRIX, matrix.shape), carrier.op.dtype, carrier.op.path))
 
 
-@implements(torch.t, Tensor.t, getter("T"), getter("mT"))
+@implements(torch.t, Tensor.t, getter("T"))
 def transpose(input: Carrier) -> Any:
-    if input.op.layout.is_conv or input.dim() != 2:
-        return NotImplemented
-    return _view(input, stored(input).T)
+    return swap(input, 0, 1) if input.dim() == 2 else NotImplemented
+
+
+@implements(getter("mT"))
+def transpose_each(input: Carrier) -> Any:
+    return swap(input, -2, -1)
 
 
 @implements(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
