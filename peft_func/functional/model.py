@@ -69,6 +69,7 @@ class FunctionalModel:
         self.ties = {name: canonical[id(tensor)] for name, tensor in every.items() if name not in params}
         self.infos = {name: self._info(name) for name in params}
         self.layouts: dict[str, Layout] = {name: layout_of(info) for name, info in self.infos.items()}
+        self._encoders = [path for path, part in root.named_modules() if isinstance(part, nn.TransformerEncoder)]
         self._trains = any(module.training for module in root.modules())
         self._training = {name: self._owner(name).training for name in params}
         self._renormed = [
@@ -128,6 +129,11 @@ class FunctionalModel:
             output = torch.func.functional_call(self._traced, every, args, kwargs, strict=True)
             return _without_carriers(output), {name: every["root." + name] for name in buffers}
         clone = self._skeleton.clone(bound, buffers)
+        if self._encoders and any(isinstance(tensor, Carrier) for tensor in bound.values()):
+            # TransformerEncoder asks its first layer only before it makes nested tensors, which a structured weight in
+            # a later one cannot take.
+            for path in self._encoders:
+                vars(clone.get_submodule(path))["use_nested_tensor"] = False
         output = clone(*args, **kwargs) if self._entry == "forward" else getattr(clone, self._entry)(*args, **kwargs)
         return _without_carriers(output), dict(clone.named_buffers())
 

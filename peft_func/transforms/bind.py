@@ -11,7 +11,7 @@ from peft_func.errors import NameMismatchError, OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.transform import Chain, Method, Part, Transform
 from peft_func.trees.keys import Key, as_key, split
-from peft_func.trees.paths import Keys, Tree, from_leaves, insert, join, leaves
+from peft_func.trees.paths import Keys, Tree, from_leaves, insert, join, leaves, map_leaves
 from peft_func.weights.mapping import Weights
 
 
@@ -41,7 +41,7 @@ class BoundPart:
     def subtree(self, tree: Mapping[str, Any]) -> Tree:
         """Return the part's own sub-tree of the adapter's tree."""
         for key in self.keys:
-            tree = tree[key]
+            tree = tree.get(key, {})  # a part without leaves has no sub-tree
         return dict(tree)
 
 
@@ -146,6 +146,8 @@ class Adapter:
         for part in self.parts:
             drawn = part.transform.init(weights.restrict(part.seen), _split_keys(key, part.keys))
             own = from_leaves((keys, tensor.detach()) for keys, tensor in leaves(drawn))
+            if any(tensor.is_meta for tensor in weights.base.values()):
+                own = map_leaves(lambda tensor: tensor.to("meta"), own)  # an init need not follow the device
             insert(tree, part.keys, own)
             for name in part.transform.holds(own) if part.transform.holds else ():
                 if name in held:

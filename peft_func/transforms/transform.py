@@ -68,7 +68,7 @@ class Part:
         Raises:
             SelectorError: there are none.
         """
-        infos = list(model.infos.values())
+        infos = [info for info in model.infos.values() if info.dtype.is_floating_point]  # others cannot train
         if not self.matrices:
             return resolve(self.where, infos, self.name)
         selector = as_selector(self.where)

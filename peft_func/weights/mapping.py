@@ -62,5 +62,5 @@ class Weights(dict[str, "Tensor | Operator"]):
                 )
             elif value.shape != self[path].shape:
                 raise TreeError(f"{path}: apply gave {tuple(value.shape)} for {tuple(self[path].shape)}")
-            result[path] = value
+            result[path] = value if value.dtype == self[path].dtype else value.to(self[path].dtype)
         return result

@@ -191,6 +191,24 @@ def test_plain_tensors_with_a_graph_and_hooks_are_no_obstacle():
     assert seen[0] is not seen[1]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize(
+    "where", [".*", r"layers\.0\..*", "layers.1.linear1", r"layers\.2\.self_attn.*", r"layers\.1.*bias"]
+)
+def test_the_inference_fast_path_of_transformer_encoders(where):
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 3).double().eval()
+    model, x = pf.functionalize(net), randn(2, 5, 8)
+    padding = torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    adapter = pf.bind(pf.train(where) if "bias" in where else pf.lora(where, rank=2), model)
+    frozen, tree = adapter.init(0)
+    with torch.no_grad(), pf.densify("error"):
+        weights = adapter.apply(frozen, pf.map_leaves(lambda t: t + 0.1, tree))
+        y = model(weights, x, src_key_padding_mask=padding)
+        net.load_state_dict(model.state_dict(weights), strict=True)
+        expected = net(x, src_key_padding_mask=padding)
+    assert torch.allclose(y[~padding], expected[~padding], atol=1e-12)
+
+
 def test_recurrent_networks_run_on_the_given_weights():
     class Net(nn.Module):
         def __init__(self):
