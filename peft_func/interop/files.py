@@ -1,11 +1,9 @@
 """An adapter as one safetensors file: its tensors by path, and its method as JSON in the metadata."""
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,23 @@ from torch import Tensor
 
 from peft_func.errors import FileFormatError, OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
+from peft_func.interop.atomic import renamed_into
 from peft_func.transforms.bind import Adapter, bind, check_tree
 from peft_func.transforms.dora import dora
 from peft_func.transforms.gift import gift
 from peft_func.transforms.ia3 import ia3
 from peft_func.transforms.lora import lora
 from peft_func.transforms.magnitude import magnitude
+from peft_func.transforms.options import ByPath
 from peft_func.transforms.train import train
-from peft_func.transforms.transform import Chain, Method, Part
+from peft_func.transforms.transform import Chain, Method, Part, chain
 from peft_func.trees.paths import Keys, Tree, from_leaves, join, leaves
-from peft_func.trees.select import exact
+from peft_func.trees.select import exact, nearest
 
 FORMAT = "peft_func"
 VERSION = 1
+
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 # Only these can be built from a file; nothing in a file is imported or executed.
 _KINDS: dict[str, Callable[..., Part]] = {
@@ -53,7 +55,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, trainable: Mapping[str,
         trainable: its second tree.
 
     Raises:
-        TreeError: the tree is not one of this adapter's.
+        TreeError: the tree is not one of this adapter's, or of a dtype that files do not hold.
         FileFormatError: the file cannot be written; what was there before is still there.
 
     Example:
@@ -69,17 +71,18 @@ def save(path: str | os.PathLike[str], adapter: Adapter, trainable: Mapping[str,
     """
     check_tree(trainable, adapter.spec)
     names = _names(adapter.spec)
-    # A copy of each: leaves may share storage, be views, or lie on another device.
-    tensors = {names[keys]: tensor.detach().cpu().contiguous().clone() for keys, tensor in leaves(trainable)}
+    tensors = {names[keys]: _storable(names[keys], tensor) for keys, tensor in leaves(trainable)}
     meta = {
-        "format": FORMAT,
         "version": VERSION,
         "method": _describe(adapter.method, adapter),
         "base": fingerprint(adapter.model),
     }
     # One key only: safetensors does not keep the order of several, and the bytes would differ between two runs.
-    with _renamed_into(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(meta, sort_keys=True)})
+    try:
+        with renamed_into(Path(path)) as temporary:
+            save_file(tensors, temporary, {FORMAT: json.dumps(meta, sort_keys=True)})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FileFormatError(f"{path} cannot be written: {error}") from error
 
 
 def load(
@@ -118,11 +121,13 @@ def load(
     return adapter, {name: tensor for name, tensor in model.params.items() if name not in held}, trainable
 
 
-def fingerprint(model: FunctionalModel) -> str:
-    """Return a digest of the names and shapes of a model's parameters, ties included."""
-    lines = [f"{name}:{list(tensor.shape)}" for name, tensor in model.params.items()]
-    lines += [f"{alias}={name}" for alias, name in model.ties.items()]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+def fingerprint(model: FunctionalModel) -> dict[str, str]:
+    """Return digests of the names and shapes of a model's parameters, and of its ties."""
+    lines = {
+        "parameters": [f"{name}:{list(tensor.shape)}" for name, tensor in model.params.items()],
+        "ties": [f"{alias}={name}" for alias, name in model.ties.items()],
+    }
+    return {what: hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest() for what, rows in lines.items()}
 
 
 def _describe(method: Method, adapter: Adapter, prefix: Keys = ()) -> Any:
@@ -131,24 +136,36 @@ def _describe(method: Method, adapter: Adapter, prefix: Keys = ()) -> Any:
         inner = prefix if method.name is None else (*prefix, method.name)
         return {"chain": [_describe(part, adapter, inner) for part in method.parts], "name": method.name}
     (bound,) = (part for part in adapter.parts if part.keys == (*prefix, method.name))
-    return {"kind": method.kind, "name": method.name, "options": bound.options, "places": list(bound.paths)}
+    places = {path: list(adapter.model.params[path].shape) for path in bound.paths}
+    return {"kind": method.kind, "name": method.name, "options": bound.options, "places": places}
 
 
-def _rebuild(path: object, described: Any) -> Method:
+def _rebuild(path: object, described: Any, model: FunctionalModel) -> Method:
     if "chain" in described:
-        return Chain(tuple(_rebuild(path, part) for part in described["chain"]), described["name"])
-    kind = described["kind"]
+        return chain(*(_rebuild(path, part, model) for part in described["chain"]), name=described["name"])
+    kind, name, places = described["kind"], described["name"], described["places"]
+    for place, shape in places.items():
+        if place not in model.params:
+            close = ", ".join(nearest(place, model.params, 2))
+            raise FileFormatError(f"{path} adapts {place!r}, which this model has not; the nearest names: {close}")
+        if list(model.params[place].shape) != shape:
+            own = list(model.params[place].shape)
+            raise FileFormatError(f"{path} adapts {place!r} of shape {shape}; this model's is {own}")
     if kind is None:
         raise OptionError(
-            f"{path} holds a method of its writer's own ({described['name']!r}), which a file cannot rebuild; "
+            f"{path} holds a method of its writer's own ({name!r}), which a file cannot rebuild; "
             "give it: pf.load(path, model, method=...)"
         )
     if kind not in _KINDS:
         raise FileFormatError(f"{path} holds a method {kind!r}; this version knows {', '.join(_KINDS)}")
     options = dict(described["options"])
+    # A file speaks of parameters by name: no regex of a stranger's is ever compiled.
     if isinstance(options.get("share"), dict):
         options["share"] = {group: exact(paths) for group, paths in options["share"].items()}
-    return _KINDS[kind](exact(described["places"]), **options, name=described["name"])
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if pattern in options:
+            options[pattern] = ByPath(options[pattern])
+    return _KINDS[kind](exact(places), **options, name=name)
 
 
 def _read_meta(path: object, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -157,7 +174,7 @@ def _read_meta(path: object, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         meta = json.loads(metadata[FORMAT])
         version = meta["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileFormatError(f"{path} has metadata that is not what pf.save writes: {error!r}") from error
     if version != VERSION:
         raise FileFormatError(f"{path} has format version {version}; this version of peft_func reads {VERSION}")
@@ -166,25 +183,28 @@ def _read_meta(path: object, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _rebind(path: object, meta: Mapping[str, Any], model: FunctionalModel, method: Method | None) -> Adapter:
     try:
-        adapter = bind(_rebuild(path, meta["method"]) if method is None else method, model)
-        described, wanted = _describe(adapter.method, adapter), meta["method"]
-        base = meta["base"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, OptionError) and method is None and "method=" in str(error):
-            raise
+        rebuilt = _rebuild(path, meta["method"], model) if method is None else method
+        adapter = bind(rebuilt, model)
+        described, base = _describe(adapter.method, adapter), dict(meta["base"])
+    except FileFormatError:
+        raise
+    except _MALFORMED as error:
+        if method is not None or "method=" in str(error):
+            raise  # the user's method does not fit, or is needed
         raise FileFormatError(f"{path} is not for this model: {error}") from error
-    if base != fingerprint(model):
-        raise FileFormatError(
-            f"{path} was saved for a model with other parameter names or shapes than {model!r}; "
-            "load it with a model of the same architecture"
-        )
-    if _comparable(described) != _comparable(wanted):
-        raise FileFormatError(f"{path} was saved with another method or at other places than the method given")
+    for what, digest in fingerprint(model).items():
+        if base.get(what) != digest:
+            raise FileFormatError(
+                f"{path} was saved for a model whose {what} are not those of {model!r}, though its own places are; "
+                "load it with a model of the same architecture"
+            )
+    if json.dumps(described, sort_keys=True) != json.dumps(meta["method"], sort_keys=True):
+        raise FileFormatError(f"{path} was saved with other options or at other places than those of this method")
     return adapter
 
 
-def _comparable(described: Any) -> Any:
-    return json.loads(json.dumps(described))
+# What a malformed description can make the constructors raise.
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def _read(path: object, file: Any, adapter: Adapter, *, allow_nonfinite: bool) -> Tree:
@@ -198,9 +218,11 @@ def _read(path: object, file: Any, adapter: Adapter, *, allow_nonfinite: bool) -
         shape = tuple(file.get_slice(name).get_shape())  # from the header: nothing is allocated yet
         if shape != adapter.spec[keys]:
             raise FileFormatError(f"{path}: {name!r} is {shape}, the method's is {adapter.spec[keys]}")
-        tensor = file.get_tensor(name)
-        if not tensor.is_floating_point():
-            raise FileFormatError(f"{path}: {name!r} is {tensor.dtype}; the leaves of an adapter are floating-point")
+        if file.get_slice(name).get_dtype() not in _DTYPES.values():
+            raise FileFormatError(
+                f"{path}: {name!r} is {file.get_slice(name).get_dtype()}; leaves are {', '.join(_DTYPES.values())}"
+            )
+        tensor = file.get_tensor(name).clone()  # aligned as torch's own tensors are, so that sums round alike
         if not allow_nonfinite and not torch.isfinite(tensor).all():
             raise FileFormatError(
                 f"{path}: {name!r} holds values that are not finite; pass allow_nonfinite=True if meant"
@@ -215,26 +237,16 @@ def _device(keys: Keys, model: FunctionalModel) -> torch.device:
     return next(own, next(iter(model.params.values())).device)
 
 
+def _storable(name: str, tensor: Tensor) -> Tensor:
+    """Return a leaf as a file holds it: a copy, for leaves may share storage, be views, or lie on another device."""
+    if tensor.is_meta or tensor.dtype not in _DTYPES:
+        raise TreeError(f"the leaf {name!r} is {tensor.dtype} on {tensor.device}; files hold values in {list(_DTYPES)}")
+    return tensor.detach().cpu().contiguous().clone()
+
+
 def _names(spec: Mapping[Keys, object]) -> dict[Keys, str]:
     """Return the name of every leaf in the file: its path."""
     names = {keys: join(keys) for keys in spec}
     if len(set(names.values())) != len(names):
         raise TreeError("two leaves of this tree have one path; give the parts of the chain other names")
     return names
-
-
-@contextlib.contextmanager
-def _renamed_into(path: Path) -> Iterator[str]:
-    """Give a temporary name beside `path`, and rename it into place when the block has succeeded."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            yield temporary
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"{path} cannot be written: {error}") from error

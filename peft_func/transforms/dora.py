@@ -56,4 +56,4 @@ def _together(first: Transform, second: Transform) -> Transform:
         changes = first.apply(tree, weights)
         return {**changes, **second.apply(tree, weights.updated(changes))}
 
-    return Transform(init, apply, first.holds)
+    return Transform(init, apply, first.holds, first.options)

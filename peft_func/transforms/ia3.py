@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
-from peft_func.transforms.options import biases, check_choice
+from peft_func.transforms.options import biases, check_choice, check_flag
 from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import uniform
 from peft_func.trees.paths import Tree
@@ -41,6 +41,7 @@ def ia3(where: Where, *, side: str = "output", scale_bias: bool = False, name: s
         tensor([1., 1., 1., 1.])
     """
     check_choice("ia3", "side", side, ("output", "input"))
+    check_flag("ia3", "scale_bias", scale_bias)
     if scale_bias and side == "input":
         raise OptionError("ia3: scale_bias goes with side='output'; inputs are scaled before the bias is added")
 

@@ -11,7 +11,7 @@ import torch
 
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
-from peft_func.transforms.options import biases, check_choice, check_rank, per_place
+from peft_func.transforms.options import biases, check_choice, check_flag, check_number, check_rank, per_place
 from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import normal, split, uniform
 from peft_func.trees.paths import Tree
@@ -66,7 +66,10 @@ def lora(
     """
     check_choice("lora", "init", init, ("default", "gaussian"))
     check_choice("lora", "conv", conv, ("factored",))
-    if not 0.0 <= dropout < 1.0:
+    check_flag("lora", "rank_stabilized", rank_stabilized)
+    check_flag("lora", "bias", bias)
+    alpha = None if alpha is None else check_number("lora", "alpha", alpha)
+    if not 0.0 <= check_number("lora", "dropout", dropout) < 1.0:
         raise OptionError(f"lora: dropout={dropout!r} is a probability, from 0 up to but not 1")
     options = {
         "rank": rank,
@@ -75,8 +78,6 @@ def lora(
         "dropout": dropout,
         "init": init,
         "conv": conv,
-        "rank_pattern": dict(rank_pattern or {}),
-        "alpha_pattern": dict(alpha_pattern or {}),
         "bias": bias,
     }
 
@@ -84,10 +85,14 @@ def lora(
         layouts = {path: model.layouts[path] for path in paths}
         ranks = dict.fromkeys(paths, rank) | per_place("lora", "rank_pattern", rank_pattern or {}, paths, model)
         alphas = per_place("lora", "alpha_pattern", alpha_pattern or {}, paths, model)
+        resolved = {
+            "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
+            "alpha_pattern": alphas,
+        }
         scales: dict[str, float] = {}
         for path, layout in layouts.items():
             r = check_rank("lora", path, ranks[path], layout.matrix_shape)
-            a = alphas.get(path, r if alpha is None else alpha)
+            a = check_number("lora", "alpha", alphas.get(path, r if alpha is None else alpha))
             scales[path] = a / sqrt(r) if rank_stabilized else a / r
 
         def draw(weights: Weights, key: int) -> Tree:
@@ -113,6 +118,6 @@ def lora(
         def holds(tree: Tree) -> Tree:
             return {path: leaf["bias"] for path, leaf in tree.items() if path not in layouts}
 
-        return Transform(draw, apply, holds)
+        return Transform(draw, apply, holds, options=options | resolved)
 
     return Part(where, make, check_name(name), "lora", options, also=biases if bias else None)

@@ -13,6 +13,7 @@ from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Diagonal, Product
+from peft_func.weights.operator import full_precision
 
 
 def magnitude(where: Where, *, name: str = "magnitude") -> Part:
@@ -60,4 +61,5 @@ def magnitude_of(paths: tuple[str, ...]) -> Transform:
 
 def _norms(path: str, weights: Weights) -> Tensor:
     detached = weights.matrix(path).map(lambda tensor, _: tensor.detach())
-    return detached.square_norms().clamp_min(0).sqrt()
+    with full_precision(detached.tensors()[0].device):
+        return detached.square_norms().clamp_min(0).sqrt()

@@ -1,7 +1,10 @@
 """Checks that methods share: options that must be in range, and patterns that give one place another value."""
 
+import contextlib
+import math
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import TypeVar
 
 from peft_func.errors import OptionError
@@ -18,6 +21,33 @@ def check_choice(method: str, option: str, value: str, choices: tuple[str, ...])
     """
     if value not in choices:
         raise OptionError(f"{method}: {option}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def check_flag(method: str, option: str, value: object) -> None:
+    """Refuse what is neither True nor False (PEFT's bias="none", say, which is true).
+
+    Raises:
+        OptionError: names the option.
+    """
+    if not isinstance(value, bool):
+        raise OptionError(f"{method}: {option}={value!r} is neither True nor False")
+
+
+def check_number(method: str, option: str, value: object) -> float:
+    """Return a finite real number as an int or a float.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if not isinstance(value, bool) and isinstance(value, Real):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(value):
+                return int(value) if isinstance(value, int) else float(value)
+    raise OptionError(f"{method}: {option}={str(value)[:40]} is no finite number")
+
+
+class ByPath(dict[str, Number]):
+    """Values by the exact names of parameters, where patterns are allowed too: what a file holds."""
 
 
 def check_rank(method: str, path: str, rank: int, shape: tuple[int, ...]) -> int:
@@ -46,11 +76,15 @@ def per_place(
     Raises:
         OptionError: a pattern matches no place, or is no regex.
     """
+    if isinstance(patterns, ByPath):
+        for path in patterns.keys() - set(paths):
+            raise OptionError(f"{method}: {option} has a value for {path!r}, which is none of its places")
+        return dict(patterns)
     values: dict[str, Number] = {}
     for pattern, value in patterns.items():
         try:
             regex = re.compile(rf"(?:.*\.)?(?:{pattern})")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise OptionError(f"{method}: the {option} {pattern!r} is not a regular expression: {error}") from None
         matched = [path for path in paths if any(regex.fullmatch(name) for name in model.infos[path].names)]
         if not matched:

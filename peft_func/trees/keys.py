@@ -45,8 +45,8 @@ def _draw(fill: str, shape: tuple[int, ...], scale: float, key: int, like: torch
     dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
     if like.is_meta:
         return torch.empty(shape, dtype=dtype, device="meta")
-    values = torch.empty(shape, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(key)
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the default device is
+    generator = torch.Generator("cpu").manual_seed(key)
     if fill == "uniform":
         values.uniform_(-scale, scale, generator=generator)
     else:

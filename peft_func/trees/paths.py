@@ -22,8 +22,10 @@ def leaves(tree: Mapping[str, Any], prefix: Keys = ()) -> Iterator[tuple[Keys, t
     """Yield `(keys, tensor)` for every leaf, in the order of the dicts.
 
     Raises:
-        TreeError: a leaf is not a tensor, or a key is not a string.
+        TreeError: it is no dict, a leaf is not a tensor, or a key is not a string.
     """
+    if not isinstance(tree, Mapping):
+        raise TreeError(f"a {type(tree).__name__} is no tree; trees are (nested) dicts of tensors by name")
     for key, value in tree.items():
         if not isinstance(key, str):
             raise TreeError(f"the key {key!r} below {join(prefix)!r} is not a string; trees are dicts by name")
@@ -43,10 +45,14 @@ def insert(tree: Tree, keys: Keys, value: object) -> None:
     Raises:
         TreeError: something is there already.
     """
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys[:-1], 1):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise TreeError(f"{join(keys)!r} lies below the leaf {key!r}")
+            raise TreeError(
+                f"{join(keys[:depth])!r} is a leaf in one tree, and holds {join(keys[depth:])!r} in another"
+            )
+    if isinstance(tree.get(keys[-1]), dict):
+        raise TreeError(f"{join(keys)!r} is a leaf in one tree, and holds {next(iter(tree[keys[-1]]))!r} in another")
     if keys[-1] in tree:
         raise TreeError(f"both trees hold {join(keys)!r}; combine takes trees that share no leaf")
     tree[keys[-1]] = value

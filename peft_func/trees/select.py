@@ -12,6 +12,7 @@ A parameter with several names (tied weights, shared modules) is selected by any
 
 import difflib
 import fnmatch
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -149,6 +150,10 @@ class Exact(Selector):
     def __call__(self, path: str, info: Info) -> bool:
         return path in self.paths
 
+    def __repr__(self) -> str:
+        first = sorted(self.paths)
+        return f"exact({', '.join(first[:3])}{f', and {len(first) - 3} more' if len(first) > 3 else ''})"
+
 
 @dataclass(frozen=True)
 class OfType(Selector):
@@ -180,7 +185,7 @@ class Index(Selector):
         return any(
             int(number) in self.numbers
             for name in (info.path, *info.aliases)
-            for number in [next(filter(str.isdigit, name.split(".")), None)]
+            for number in [next(filter(str.isdecimal, name.split(".")), None)]
             if number is not None
         )
 
@@ -202,9 +207,11 @@ def path(regex: str | re.Pattern[str]) -> Selector:
         >>> import peft_func as pf
         >>> late = pf.path(r".*\.q_proj") & pf.index(range(6, 12))
     """
+    if not isinstance(regex, str) and not (isinstance(regex, re.Pattern) and isinstance(regex.pattern, str)):
+        raise SelectorError(f"path takes a regex as a str, not {regex!r}")
     try:
         return Path(re.compile(regex))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise SelectorError(
             f"{regex!r} is not a regular expression: {error}; for a shell pattern use pf.glob"
         ) from None
@@ -212,17 +219,19 @@ def path(regex: str | re.Pattern[str]) -> Selector:
 
 def glob(pattern: str) -> Selector:
     """Select by a shell pattern, such as `"encoder.*.attention.*"`; `*` also matches dots."""
-    return Glob(pattern)
+    return Glob(_text("glob", pattern))
 
 
 def suffix(name: str) -> Selector:
     """Select by the last parts of a path: `"q_proj"`, `"attn.proj"`, `"q_proj.weight"`."""
-    return Suffix(name)
+    return Suffix(_text("suffix", name))
 
 
 def exact(paths: Iterable[str]) -> Selector:
     """Select these parameters, by their names in `model.params`, and no others."""
-    return Exact(frozenset(paths))
+    if isinstance(paths, str):
+        raise SelectorError(f"exact takes a list of names; write pf.exact([{paths!r}])")
+    return Exact(frozenset(_text("exact", path) for path in paths))
 
 
 def of_type(*types: type) -> Selector:
@@ -234,13 +243,13 @@ def of_type(*types: type) -> Selector:
 
 def ndim(number: int) -> Selector:
     """Select parameters with that many dimensions."""
-    return NDim(number)
+    return NDim(_whole("ndim", number))
 
 
 def index(*numbers: int | Iterable[int]) -> Selector:
     """Select by layer number, the first number in a path: `pf.index(0, 3)`, `pf.index(range(6, 12))`."""
-    flat = [n for item in numbers for n in ([item] if isinstance(item, int) else item)]
-    return Index(frozenset(flat))
+    flat = [n for item in numbers for n in (item if isinstance(item, Iterable) else [item])]
+    return Index(frozenset(_whole("index", number) for number in flat))
 
 
 def as_selector(where: Where) -> Selector:
@@ -251,6 +260,8 @@ def as_selector(where: Where) -> Selector:
         return path(where)
     if isinstance(where, Sequence) and all(isinstance(item, str | Selector) for item in where):
         return AnyOf(tuple(suffix(item) if isinstance(item, str) else item for item in where))
+    if isinstance(where, type):
+        raise SelectorError(f"a class is no selector; for the parameters of such modules, pf.of_type({where.__name__})")
     if callable(where):
         return Call(where)
     raise SelectorError(
@@ -259,17 +270,50 @@ def as_selector(where: Where) -> Selector:
     )
 
 
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise SelectorError(f"{name} takes a str, not {value!r}")
+    return value
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SelectorError(f"{name} takes whole numbers, not {value!r}")
+    return value
+
+
 def nearest(wanted: str, names: Iterable[str], count: int = 5) -> list[str]:
-    """Return the names that look most like the wanted one, best first."""
-    candidates = sorted(set(names) - {""})
-    by_tail: dict[str, list[str]] = {}
-    for name in candidates:
-        by_tail.setdefault(name.split(".")[-1], []).append(name)
-    word = re.sub(r"[^\w.]", "", wanted.replace("\\", ""))
-    found = difflib.get_close_matches(word, candidates, count, cutoff=0.5)
-    for tail in difflib.get_close_matches(word.split(".")[-1], by_tail, count, cutoff=0.5):
-        found += by_tail[tail]
-    return list(dict.fromkeys(found or candidates))[:count]
+    """Return the names that look most like the wanted one, best first.
+
+    A name is compared as a whole, and by as many of its last parts as the wanted one has.
+    """
+    word = re.sub(r"[^\w.]", "", wanted.replace("\\.", ".").replace("\\", "")).strip(".")
+    parts = word.count(".") + 1
+    by_end: dict[str, list[str]] = {}
+    for name in sorted(set(names) - {""}):
+        for end in (name, ".".join(name.split(".")[-parts:])):
+            by_end.setdefault(end, []).append(name)
+    found = [name for end in difflib.get_close_matches(word, by_end, count, cutoff=0.5) for name in by_end[end]]
+    return list(dict.fromkeys(found or sorted(set(names) - {""})))[:count]
+
+
+def _words(where: object) -> list[str]:
+    """Return what a selector asks for by name."""
+    match where:
+        case str():
+            return [where]
+        case Path(pattern=re.Pattern(pattern=str(word))) | Glob(pattern=word) | Suffix(name=word):
+            return [word]
+        case Exact(paths=paths):
+            return sorted(paths)[:3]
+        case AllOf(parts=parts) | AnyOf(parts=parts):
+            return [word for part in parts for word in _words(part)]
+        case Not():
+            return []
+        case list() | tuple():
+            return [word for item in where for word in _words(item)]
+        case _:
+            return []
 
 
 def resolve(where: Where, infos: Iterable[Info], purpose: str) -> tuple[str, ...]:
@@ -287,9 +331,10 @@ def resolve(where: Where, infos: Iterable[Info], purpose: str) -> tuple[str, ...
     chosen = tuple(info.path for info in infos if selector(info.path, info))
     if chosen:
         return chosen
-    wanted = [where] if isinstance(where, str) else list(where) if isinstance(where, list | tuple) else [repr(where)]
     names = [name for info in infos for name in info.names]
-    close = dict.fromkeys(name for word in wanted for name in nearest(str(word), names))
+    # The best guess for every word first, then the second best of each.
+    guesses = itertools.zip_longest(*(nearest(word, names) for word in _words(where)))
+    close = dict.fromkeys(name for row in guesses for name in row if name is not None)
     raise SelectorError(
         f"{purpose}: {where!r} matches none of {len(infos)} parameters. "
         + (f"The nearest names: {', '.join(list(close)[:6])}. " if close else "")

@@ -1,5 +1,6 @@
 """Many trees of one structure as one tree with a leading axis, and back."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,27 +11,27 @@ from peft_func.trees.paths import Tree, from_leaves, join, leaves, map_leaves
 
 
 def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
-    """Stack trees of the same keys and shapes: every leaf gets a leading axis of length `len(trees)`.
+    """Stack trees of the same keys, shapes, dtypes and devices: every leaf gets a leading axis of length `len(trees)`.
 
     Raises:
-        TreeError: there is no tree, or a leaf is missing, is too many or has another shape somewhere.
+        TreeError: there is no tree, or a leaf is missing, is too many or of another kind somewhere.
 
     Example:
         >>> import torch, peft_func as pf
         >>> pf.stack([{"a": torch.zeros(3)}, {"a": torch.ones(3)}])["a"].shape
         torch.Size([2, 3])
     """
-    if not trees:
-        raise TreeError("stack needs at least one tree")
+    if isinstance(trees, Mapping) or not trees:
+        raise TreeError("stack takes a list of trees, with one tree at least")
     columns = [dict(leaves(tree)) for tree in trees]
     for number, column in enumerate(columns[1:], 1):
-        for keys in columns[0].keys() ^ column.keys():
+        for keys in sorted(columns[0].keys() ^ column.keys()):
             raise TreeError(f"the leaf {join(keys)!r} is not in both tree 0 and tree {number}; they must be alike")
         for keys, tensor in column.items():
-            if tensor.shape != columns[0][keys].shape:
+            if _kind(tensor) != _kind(columns[0][keys]):
                 raise TreeError(
-                    f"the leaf {join(keys)!r} is {tuple(tensor.shape)} in tree {number} "
-                    f"but {tuple(columns[0][keys].shape)} in tree 0; trees of one bound adapter are alike"
+                    f"the leaf {join(keys)!r} is {_kind(tensor)} in tree {number} "
+                    f"but {_kind(columns[0][keys])} in tree 0; trees of one bound adapter are alike"
                 )
     return from_leaves((keys, torch.stack([column[keys] for column in columns])) for keys in columns[0])
 
@@ -47,7 +48,15 @@ def unstack(stacked: Mapping[str, Any]) -> list[Tree]:
         [[1.0], [2.0]]
     """
     lengths = {join(keys): (tensor.shape[0] if tensor.ndim else None) for keys, tensor in leaves(stacked)}
-    if len(set(lengths.values())) != 1 or None in lengths.values():
-        raise TreeError(f"unstack needs leaves with one common leading length; found {lengths}")
-    (count,) = set(lengths.values())
-    return [map_leaves(lambda tensor, i=i: tensor[i], stacked) for i in range(count or 0)]  # type: ignore[misc]
+    if not lengths:
+        raise TreeError("unstack needs a tree with leaves; this one is empty")
+    (count, _), *_ = Counter(lengths.values()).most_common()
+    odd = {path: length for path, length in lengths.items() if length is None or length != count}
+    if count is None or odd:
+        first = ", ".join(f"{path!r} has {length}" for path, length in list(odd.items())[:3])
+        raise TreeError(f"unstack needs one common leading length; most leaves have {count}, but {first}")
+    return [map_leaves(lambda tensor, i=i: tensor[i], stacked) for i in range(count)]  # type: ignore[misc]
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -8,13 +8,12 @@ a pointwise one behind it, and `A` has the layer's inputs and kernel, `B` its ou
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from peft_func.weights.matrix import Matrix
+from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Matrix, Product, Sum, absorb
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Convolution:
     kernel: tuple[int, ...]
     groups: int
     options: dict[str, Any]
-    formed: "Callable[[Matrix], Tensor]"
+    formed: Callable[[Matrix], Tensor]
 
     @property
     def taps(self) -> int:
@@ -71,6 +70,28 @@ class Convolution:
         """Scale the inputs, by the diagonal over the input channels of the matrix."""
         vector = vector if self.transposed else vector.repeat(self.groups)
         return (x * self.channels(vector)).to(x.dtype)
+
+
+def convolve(matrix: Matrix, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
+    """Convolve `x` with the weight whose matrix this is, and add the bias."""
+    match matrix:
+        case Dense(tensor=tensor):
+            return how.full(x, tensor, bias)
+        case Sum(left=left, right=right):
+            y = convolve(left, x, how, bias)
+            return y + convolve(right, x, how).to(y.dtype)
+        case LowRank(A=A, B=B, scale=scale):
+            inner = how.full(matrix.drop(x).to(A.dtype), how.share_over_groups(A))
+            y = how.pointwise(inner if scale == 1.0 else inner * scale, B).to(x.dtype)
+        case Product(left=Diagonal(repeat=1, vector=vector), right=right):
+            y = how.scale_out(convolve(right, x, how), vector)
+        case Product(left=left, right=Diagonal(repeat=how.taps, vector=vector)):
+            return convolve(left, how.scale_in(x, vector), how, bias)
+        case Product(left=left, right=IdentityPlus(inner=LowRank() as low)):
+            return convolve(Sum(left, absorb(left, low)), x, how, bias)
+        case _:
+            return how.full(x, how.formed(matrix), bias)
+    return y if bias is None else y + how.channels(bias)
 
 
 _PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

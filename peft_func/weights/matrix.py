@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_func.weights.convolution import Convolution
-
 Rows: TypeAlias = slice | Tensor
 """Rows of a matrix: a slice of them, or an int64 tensor `[n]`."""
 
@@ -32,7 +30,7 @@ class Matrix(ABC):
     """A linear map from `in` to `out`, or a batch of them; closed under `+`, `@` and `.T`."""
 
     shape: tuple[int, ...]
-    is_structured = True  # cheap to apply without its dense form; only what holds a Dense is not
+    is_structured = True  # holds no Dense: it is the small part of an expression
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -62,10 +60,6 @@ class Matrix(ABC):
     def square_norms(self) -> Tensor:
         """Return the squared norm of every row: `[*, out]`."""
         return torch.square(torch.linalg.vector_norm(self.dense(self.compute_dtype), dim=-1))
-
-    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
-        """Convolve `x` with the weight whose matrix `[out, in * kernel]` this is."""
-        return how.full(x, how.formed(self), bias)
 
     def select(self, experts: int | Tensor) -> "Matrix":
         """Return one matrix of a batch (an integer), or a batch of some of them (an int64 tensor `[n]`)."""
@@ -137,42 +131,6 @@ class Dense(Matrix):
     def take(self, rows: Rows) -> Matrix:
         return Dense(_pick(self.tensor, rows))
 
-    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
-        return how.full(x, self.tensor, bias)
-
-
-class IdentityPlus(Matrix):
-    """`I + inner`, for a square `inner`."""
-
-    def __init__(self, inner: Matrix) -> None:
-        self.inner = inner
-        self.shape = inner.shape
-        self.is_structured = inner.is_structured
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.inner.tensors()
-
-    def map(self, function: Leafwise) -> Matrix:
-        return IdentityPlus(self.inner.map(function))
-
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _add(x + self.inner.linear(x).to(x.dtype), bias)
-
-    @property
-    def T(self) -> Matrix:
-        return IdentityPlus(self.inner.T)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        inner = self.inner.dense(dtype)
-        return inner + torch.eye(inner.shape[-1], dtype=dtype, device=inner.device)
-
-    def deterministic(self) -> Matrix:
-        return IdentityPlus(self.inner.deterministic())
-
-    @property
-    def has_dropout(self) -> bool:
-        return self.inner.has_dropout
-
 
 class Diagonal(Matrix):
     """`diag(v)`, each entry of `v` standing `repeat` times in a row (a channel scale, over the kernel's taps)."""
@@ -227,7 +185,7 @@ class LowRank(Matrix):
         return LowRank(function(self.B, 2), function(self.A, 2), self.scale, self.dropout)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        inner = Dense(self.A).linear(self._drop(x).to(self.A.dtype))
+        inner = Dense(self.A).linear(self.drop(x).to(self.A.dtype))
         # Scaling the narrow activation costs rank / out of scaling the wide one.
         return _add(Dense(self.B).linear(inner if self.scale == 1.0 else inner * self.scale).to(x.dtype), bias)
 
@@ -242,11 +200,6 @@ class LowRank(Matrix):
     def take(self, rows: Rows) -> Matrix:
         return LowRank(_pick(self.B, rows), self.A, self.scale, self.dropout)
 
-    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
-        inner = how.full(self._drop(x).to(self.A.dtype), how.share_over_groups(self.A))
-        y = how.pointwise(inner if self.scale == 1.0 else inner * self.scale, self.B).to(x.dtype)
-        return y if bias is None else y + how.channels(bias)
-
     def deterministic(self) -> Matrix:
         return LowRank(self.B, self.A, self.scale)
 
@@ -254,23 +207,63 @@ class LowRank(Matrix):
     def has_dropout(self) -> bool:
         return self.dropout > 0.0
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def drop(self, x: Tensor) -> Tensor:
+        """Drop some of what it acts on, if it has dropout."""
         return F.dropout(x, self.dropout) if self.dropout > 0.0 else x
 
 
-class Sum(Matrix):
+class Composite(Matrix):
+    """A matrix made of matrices, which its constructor takes in order."""
+
+    children: tuple[Matrix, ...]
+
+    def _rebuilt(self, *children: Matrix) -> Matrix:
+        return type(self)(*children)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for child in self.children for tensor in child.tensors())
+
+    def map(self, function: Leafwise) -> Matrix:
+        return self._rebuilt(*(child.map(function) for child in self.children))
+
+    def deterministic(self) -> Matrix:
+        return self._rebuilt(*(child.deterministic() for child in self.children))
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(child.has_dropout for child in self.children)
+
+    @property
+    def is_structured(self) -> bool:  # type: ignore[override]
+        return all(child.is_structured for child in self.children)
+
+
+class IdentityPlus(Composite):
+    """`I + inner`, for a square `inner`."""
+
+    def __init__(self, inner: Matrix) -> None:
+        self.inner = inner
+        self.children = (inner,)
+        self.shape = inner.shape
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _add(x + self.inner.linear(x).to(x.dtype), bias)
+
+    @property
+    def T(self) -> Matrix:
+        return IdentityPlus(self.inner.T)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        inner = self.inner.dense(dtype)
+        return inner + torch.eye(inner.shape[-1], dtype=dtype, device=inner.device)
+
+
+class Sum(Composite):
     """`left + right`."""
 
     def __init__(self, left: Matrix, right: Matrix) -> None:
-        self.left, self.right = left, right
+        self.left, self.right = self.children = (left, right)
         self.shape = left.shape if len(left.shape) >= len(right.shape) else right.shape
-        self.is_structured = left.is_structured and right.is_structured
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.left.tensors() + self.right.tensors()
-
-    def map(self, function: Leafwise) -> Matrix:
-        return Sum(self.left.map(function), self.right.map(function))
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.left.linear(x, bias)
@@ -296,32 +289,14 @@ class Sum(Matrix):
         cross = (base.linear(A).mT * B).sum(-1)
         return base.square_norms() + 2 * cross + ((B @ (A @ A.mT)) * B).sum(-1)
 
-    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
-        y = self.left.conv(x, how, bias)
-        return y + self.right.conv(x, how).to(y.dtype)
 
-    def deterministic(self) -> Matrix:
-        return Sum(self.left.deterministic(), self.right.deterministic())
-
-    @property
-    def has_dropout(self) -> bool:
-        return self.left.has_dropout or self.right.has_dropout
-
-
-class Product(Matrix):
+class Product(Composite):
     """`left @ right`."""
 
     def __init__(self, left: Matrix, right: Matrix) -> None:
-        self.left, self.right = left, right
+        self.left, self.right = self.children = (left, right)
         batch = left.shape[:-2] if len(left.shape) >= len(right.shape) else right.shape[:-2]
         self.shape = (*batch, left.shape[-2], right.shape[-1])
-        self.is_structured = left.is_structured and right.is_structured
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.left.tensors() + self.right.tensors()
-
-    def map(self, function: Leafwise) -> Matrix:
-        return Product(self.left.map(function), self.right.map(function))
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.left.linear(self.right.linear(x), bias)
@@ -352,31 +327,12 @@ class Product(Matrix):
             case Diagonal() as left, right:
                 return left.entries.square() * right.square_norms()
             case left, IdentityPlus(inner=LowRank() as low):
-                return Sum(left, _absorb(left, low)).square_norms()
+                return Sum(left, absorb(left, low)).square_norms()
             case _:
                 return super().square_norms()
 
-    def conv(self, x: Tensor, how: Convolution, bias: Tensor | None = None) -> Tensor:
-        match self.left, self.right:
-            case Diagonal(repeat=1) as left, right:
-                y = how.scale_out(right.conv(x, how), left.vector)
-                return y if bias is None else y + how.channels(bias)
-            case left, Diagonal(repeat=how.taps) as right:
-                return left.conv(how.scale_in(x, right.vector), how, bias)
-            case left, IdentityPlus(inner=LowRank() as low):
-                return Sum(left, _absorb(left, low)).conv(x, how, bias)
-            case _:
-                return super().conv(x, how, bias)
 
-    def deterministic(self) -> Matrix:
-        return Product(self.left.deterministic(), self.right.deterministic())
-
-    @property
-    def has_dropout(self) -> bool:
-        return self.left.has_dropout or self.right.has_dropout
-
-
-def _absorb(left: Matrix, low: LowRank) -> LowRank:
+def absorb(left: Matrix, low: LowRank) -> LowRank:
     """Return `left @ low` as one low-rank matrix: `rank` columns go through `left`."""
     return LowRank(_cast(left, low.B.dtype).linear(low.B.mT).mT, low.A, low.scale, low.dropout)
 

@@ -71,7 +71,7 @@ class Operator:
     def exact(self) -> Tensor:
         """Form it in the dtype it is computed in, without the rounding."""
         matrix = self.matrix
-        with _full_precision(self.device):
+        with full_precision(self.device):
             return self.layout.to_stored(matrix.dense(matrix.compute_dtype))
 
     def replace(self, matrix: Matrix) -> "Operator":
@@ -133,8 +133,8 @@ def formed(value: Any) -> Any:
             return value
 
 
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    # A merge inside an autocast region would otherwise round the factors' product.
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Turn autocast off: a merge inside its region would otherwise round the product of the factors."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_func.weights.carrier import Carrier, Rule, form, implements
-from peft_func.weights.convolution import Convolution
+from peft_func.weights.convolution import Convolution, convolve
 from peft_func.weights.layout import Storage
 
 
@@ -28,7 +28,7 @@ def _act(
     if layout.storage is not wanted or len(layout.kernel) != dims:
         return NotImplemented
     how = Convolution(dims, transposed, layout.kernel, groups, options, lambda _: layout.to_matrix(form(weight, name)))
-    return weight.op.matrix.conv(input, how, bias)
+    return convolve(weight.op.matrix, input, how, bias)
 
 
 def _plain_rule(dims: int, name: str) -> Rule:
