@@ -199,7 +199,8 @@ ZOO: dict[str, Animal] = {
     "encoder_layer": Animal(seeded(encoder_layer), one(2, 3, 8), [".*", "linear1", ["self_attn"]], "linear1"),
     "experts": Animal(seeded(Experts), one(4, 6), [".*", "up", "down", "plain"], "plain"),
     "bert": Animal(
-        seeded(bert), tokens(2, 5), [pf.of_type(nn.Linear) & ~pf.path("classifier"), ["query", "value"], ".*embeddings.*"],
+        seeded(bert), tokens(2, 5),
+        [pf.of_type(nn.Linear) & ~pf.path("classifier"), ["query", "value"], ".*embeddings.*"],
         ["query", "value"], logits,
     ),
     "gpt2": Animal(seeded(gpt2), tokens(2, 5), [".*", ["c_attn"], "lm_head"], ["c_attn"], logits),

@@ -108,6 +108,10 @@ def load(
             holds values that are not finite.
         OptionError: the method is a user's own, and was not given.
     """
+    if not isinstance(model, FunctionalModel):
+        raise OptionError(
+            f"load takes a functional model, not a {type(model).__name__}; call pf.functionalize(net) first"
+        )
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             meta = _read_meta(path, file.metadata() or {})
@@ -195,8 +199,8 @@ def _rebind(path: object, meta: Mapping[str, Any], model: FunctionalModel, metho
     for what, digest in fingerprint(model).items():
         if base.get(what) != digest:
             raise FileFormatError(
-                f"{path} was saved for a model whose {what} are not those of {model!r}, though its own places are; "
-                "load it with a model of the same architecture"
+                f"{path} was saved for a model with other {what} (names and shapes) than {model!r}, though the places "
+                "that it adapts are alike; load it with a model of the same architecture"
             )
     if json.dumps(described, sort_keys=True) != json.dumps(meta["method"], sort_keys=True):
         raise FileFormatError(f"{path} was saved with other options or at other places than those of this method")

@@ -11,7 +11,7 @@ from peft_func.errors import NameMismatchError, OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.transform import Chain, Method, Part, Transform
 from peft_func.trees.keys import Key, as_key, split
-from peft_func.trees.paths import Keys, Tree, from_leaves, insert, join, leaves, map_leaves
+from peft_func.trees.paths import Keys, Tree, insert, join, leaves, map_leaves
 from peft_func.weights.mapping import Weights
 
 
@@ -92,11 +92,11 @@ class Adapter:
         self.model = model
         self.parts = tuple(_bound(method, model, ()))
         # The leaves' shapes are found by a dry run on meta tensors; an init of a user that needs real values (a
-        # singular value decomposition, say) is run on the real weights.
+        # singular value decomposition, say) is run on the real weights, where a mistake is raised again.
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.params.items()}
         try:
             tree, held = self._init(meta, 0)
-        except (NotImplementedError, RuntimeError):
+        except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError):
             tree, held = self._init(model.params, 0)
         self.spec = {keys: tuple(tensor.shape) for keys, tensor in leaves(tree)}
         self.held = frozenset(held)
@@ -129,14 +129,16 @@ class Adapter:
         """
         self._check(frozen, trainable)
         base = dict(frozen)
+        cast = {self.model.params[name].dtype: tensor.dtype for name, tensor in frozen.items()}
         for part in self.parts:
             if part.transform.holds is not None:
                 for name, tensor in part.transform.holds(part.subtree(trainable)).items():
-                    base[name] = tensor.to(self.model.params[name].dtype)
+                    own = self.model.params[name].dtype
+                    base[name] = tensor.to(cast.get(own, own))  # as the frozen weights are, if all were cast
         ordered = {name: base[name] for name in self.model.params}
         weights = Weights(ordered, {**self.model.params, **frozen}, self.model.layouts)
         for part in self.parts:
-            weights = weights.updated(part.transform.apply(part.subtree(trainable), weights.restrict(part.seen)))
+            weights = _step(part, part.subtree(trainable), weights)
         return weights
 
     def _init(self, params: Mapping[str, Tensor], key: int) -> tuple[Tree, set[str]]:
@@ -145,7 +147,10 @@ class Adapter:
         weights = Weights(params, params, self.model.layouts)
         for part in self.parts:
             drawn = part.transform.init(weights.restrict(part.seen), _split_keys(key, part.keys))
-            own = from_leaves((keys, tensor.detach()) for keys, tensor in leaves(drawn))
+            if not isinstance(drawn, Mapping):
+                raise TreeError(f"{join(part.keys)}: init gave a {type(drawn).__name__}; it gives a dict of tensors")
+            # A copy of each leaf: what trains must never be the base itself.
+            own = map_leaves(lambda tensor: tensor.detach().clone(), drawn)
             if any(tensor.is_meta for tensor in weights.base.values()):
                 own = map_leaves(lambda tensor: tensor.to("meta"), own)  # an init need not follow the device
             insert(tree, part.keys, own)
@@ -153,20 +158,42 @@ class Adapter:
                 if name in held:
                     raise OptionError(f"both {join(held[name])!r} and {join(part.keys)!r} train {name!r} itself")
                 held[name] = part.keys
-            weights = weights.updated(part.transform.apply(own, weights.restrict(part.seen)))
+            weights = _step(part, own, weights)
         return tree, set(held)
 
     def _check(self, frozen: Mapping[str, Tensor], trainable: Mapping[str, Any]) -> None:
+        if not isinstance(frozen, Mapping):
+            raise TreeError(f"frozen is a {type(frozen).__name__}; call adapter.apply(frozen, trainable), two dicts")
         if frozen.keys() != self._frozen_names:
             odd = sorted(frozen.keys() ^ self._frozen_names)
             raise NameMismatchError(
                 f"frozen must hold the {len(self._frozen_names)} base weights that do not train; missing or unknown: "
                 f"{', '.join(odd[:5])}. Pass the first tree of adapter.init"
             )
+        for name, tensor in frozen.items():
+            shape = self.model.params[name].shape
+            if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                found = tuple(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+                raise TreeError(f"the base weight {name!r} is {found}; it must be a tensor of shape {tuple(shape)}")
         check_tree(trainable, self.spec)
+        devices = [tensor.device for tensor in frozen.values()]
+        for keys, tensor in leaves(trainable):
+            if devices and tensor.device not in devices:
+                raise TreeError(
+                    f"the leaf {join(keys)!r} of the adapter is on {tensor.device}, the weights on "
+                    f"{devices[0]}; move the tree: pf.map_leaves(lambda t: t.to({str(devices[0])!r}), trainable)"
+                )
 
     def __repr__(self) -> str:
         return f"Adapter({', '.join(join(part.keys) for part in self.parts)} on {self.model!r})"
+
+
+def _step(part: BoundPart, tree: Tree, weights: Weights) -> Weights:
+    """Apply one part to the weights that it sees, and to no others."""
+    changes = part.transform.apply(tree, weights.restrict(part.seen))
+    if not isinstance(changes, Mapping):
+        raise TreeError(f"{join(part.keys)}: apply gave a {type(changes).__name__}; it gives a dict of new weights")
+    return weights.updated(changes, part.seen)
 
 
 def check_tree(tree: Mapping[str, Any], spec: Mapping[Keys, tuple[int, ...]]) -> None:

@@ -55,12 +55,15 @@ def gift(
         {'0': [8, 2]}
     """
     check_choice("gift", "block", block, ("simple_block",))
-    if isinstance(share, str):
+    if not isinstance(share, Mapping):
         check_choice("gift", "share", share, ("target", "all", "none"))
     options: dict[str, Any] = {"rank": rank, "share": share, "block": block}
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
         groups = {path: _group(path, share, model) for path in paths}
+        for group, where in share.items() if isinstance(share, Mapping) else ():
+            if group not in groups.values():
+                raise OptionError(f"gift: the group {group!r} of share, {where!r}, has none of {', '.join(paths[:5])}")
         widths: dict[str, tuple[str, int]] = {}
         for path, group in groups.items():
             width = model.layouts[path].matrix_shape[-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
-from peft_func.transforms.options import biases, check_choice, check_flag
+from peft_func.transforms.options import SEPARATE_PROJECTIONS, biases, check_choice, check_flag
 from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import uniform
 from peft_func.trees.paths import Tree
@@ -57,6 +57,7 @@ def ia3(where: Where, *, side: str = "output", scale_bias: bool = False, name: s
 
         def apply(tree: Tree, weights: Weights) -> Changes:
             changes: dict[str, Tensor | Matrix] = {}
+            factors: dict[str, Tensor | float] = {}
             for path, layout in layouts.items():
                 scale, matrix = tree[path]["scale"], weights.matrix(path)
                 if side == "input":
@@ -64,9 +65,9 @@ def ia3(where: Where, *, side: str = "output", scale_bias: bool = False, name: s
                 else:
                     changes[path] = Product(Diagonal(scale), matrix)
                 for bias in bias_of.get(path, ()):
-                    value = weights[bias]
-                    # A grouped transposed convolution has one row of its matrix for the same output of every group.
-                    changes[bias] = (value * scale.repeat(value.shape[0] // scale.shape[0])).to(value.dtype)
+                    factors[bias] = factors.get(bias, 1.0) * _bias_scale(path, bias, scale, weights[bias].shape[0])
+            for bias, factor in factors.items():
+                changes[bias] = torch.mul(weights[bias], factor)  # type: ignore[arg-type]  # or an Operator
             return changes
 
         return Transform(init, apply)
@@ -74,6 +75,16 @@ def ia3(where: Where, *, side: str = "output", scale_bias: bool = False, name: s
     also = biases if scale_bias else None
     options = {"side": side, "scale_bias": scale_bias}
     return Part(where, make, check_name(name), "ia3", options, also=also)
+
+
+def _bias_scale(path: str, bias: str, scale: Tensor, count: int) -> Tensor:
+    """Return the scale of every entry of a bias that belongs to a scaled weight."""
+    weight = path.rpartition(".")[2]
+    if weight in SEPARATE_PROJECTIONS and bias.endswith("in_proj_bias"):
+        ones = torch.ones_like(scale)
+        return torch.cat([scale if name == weight else ones for name in SEPARATE_PROJECTIONS])
+    # A grouped transposed convolution has one row of its matrix for the same output of every group.
+    return scale.repeat(count // len(scale))
 
 
 def _extent(layout: Layout, side: str) -> tuple[int, ...]:

@@ -64,13 +64,13 @@ def lora(
         >>> {leaf: list(tensor.shape) for leaf, tensor in trainable["lora"]["weight"].items()}
         {'A': [4, 16], 'B': [32, 4]}
     """
-    check_choice("lora", "init", init, ("default", "gaussian"))
-    check_choice("lora", "conv", conv, ("factored",))
-    check_flag("lora", "rank_stabilized", rank_stabilized)
-    check_flag("lora", "bias", bias)
-    alpha = None if alpha is None else check_number("lora", "alpha", alpha)
-    if not 0.0 <= check_number("lora", "dropout", dropout) < 1.0:
-        raise OptionError(f"lora: dropout={dropout!r} is a probability, from 0 up to but not 1")
+    check_choice(name, "init", init, ("default", "gaussian"))
+    check_choice(name, "conv", conv, ("factored",))
+    check_flag(name, "rank_stabilized", rank_stabilized)
+    check_flag(name, "bias", bias)
+    alpha = None if alpha is None else check_number(name, "alpha", alpha)
+    if not 0.0 <= check_number(name, "dropout", dropout) < 1.0:
+        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
     options = {
         "rank": rank,
         "alpha": alpha,
@@ -83,16 +83,16 @@ def lora(
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
         layouts = {path: model.layouts[path] for path in paths}
-        ranks = dict.fromkeys(paths, rank) | per_place("lora", "rank_pattern", rank_pattern or {}, paths, model)
-        alphas = per_place("lora", "alpha_pattern", alpha_pattern or {}, paths, model)
+        ranks = dict.fromkeys(paths, rank) | per_place(name, "rank_pattern", rank_pattern or {}, paths, model)
+        alphas = per_place(name, "alpha_pattern", alpha_pattern or {}, paths, model)
         resolved = {
             "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
             "alpha_pattern": alphas,
         }
         scales: dict[str, float] = {}
         for path, layout in layouts.items():
-            r = check_rank("lora", path, ranks[path], layout.matrix_shape)
-            a = check_number("lora", "alpha", alphas.get(path, r if alpha is None else alpha))
+            r = check_rank(name, path, ranks[path], layout.matrix_shape)
+            a = check_number(name, "alpha", alphas.get(path, r if alpha is None else alpha))
             scales[path] = a / sqrt(r) if rank_stabilized else a / r
 
         def draw(weights: Weights, key: int) -> Tree:
@@ -106,7 +106,7 @@ def lora(
                 A = sample((*layout.batch, r, *inputs), spread, split(key, path), like)
                 B = torch.zeros(*layout.batch, rows, r, *[1] * len(layout.kernel), dtype=A.dtype, device=A.device)
                 tree[path] = {"A": A, "B": B}
-            return tree | {path: {"bias": weights.base[path].clone()} for path in weights if path not in layouts}
+            return tree | {path: {"bias": weights.base[path]} for path in weights if path not in layouts}
 
         def apply(tree: Tree, weights: Weights) -> Changes:
             return {

@@ -60,6 +60,6 @@ def magnitude_of(paths: tuple[str, ...]) -> Transform:
 
 
 def _norms(path: str, weights: Weights) -> Tensor:
-    detached = weights.matrix(path).map(lambda tensor, _: tensor.detach())
+    detached = weights.matrix(path).deterministic().map(lambda tensor, _: tensor.detach())
     with full_precision(detached.tensors()[0].device):
         return detached.square_norms().clamp_min(0).sqrt()

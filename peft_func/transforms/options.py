@@ -43,7 +43,7 @@ def check_number(method: str, option: str, value: object) -> float:
         with contextlib.suppress(OverflowError):
             if math.isfinite(value):
                 return int(value) if isinstance(value, int) else float(value)
-    raise OptionError(f"{method}: {option}={str(value)[:40]} is no finite number")
+    raise OptionError(f"{method}: {option}={repr(value)[:40]} is no finite number")
 
 
 class ByPath(dict[str, Number]):
@@ -80,13 +80,15 @@ def per_place(
         for path in patterns.keys() - set(paths):
             raise OptionError(f"{method}: {option} has a value for {path!r}, which is none of its places")
         return dict(patterns)
+    if not isinstance(patterns, Mapping):
+        raise OptionError(f"{method}: {option} is a dict of patterns, not a {type(patterns).__name__}")
     values: dict[str, Number] = {}
     for pattern, value in patterns.items():
         try:
             regex = re.compile(rf"(?:.*\.)?(?:{pattern})")
         except (re.error, OverflowError, RecursionError) as error:
             raise OptionError(f"{method}: the {option} {pattern!r} is not a regular expression: {error}") from None
-        matched = [path for path in paths if any(regex.fullmatch(name) for name in model.infos[path].names)]
+        matched = [path for path in paths if any(regex.fullmatch(name) for name in _places(path, model))]
         if not matched:
             raise OptionError(f"{method}: the {option} {pattern!r} matches none of its places: {', '.join(paths[:5])}")
         for path in matched:
@@ -94,13 +96,24 @@ def per_place(
     return values
 
 
+def _places(path: str, model: FunctionalModel) -> tuple[str, ...]:
+    """Return the paths of the modules that own a weight, and of the parameter itself where it is not their `weight`."""
+    paths = (path, *model.infos[path].aliases)
+    own = tuple(name for name in paths if name.rpartition(".")[2] != "weight")
+    return (*(name.rpartition(".")[0] for name in paths), *own)
+
+
 def biases(paths: tuple[str, ...], model: FunctionalModel) -> tuple[str, ...]:
     """Return the names of the biases of the modules that own these weights."""
-    found = []
+    found: dict[str, None] = {}
     for path in paths:
         module, dot, weight = path.rpartition(".")
-        # MultiheadAttention names its packed ones in_proj_weight and in_proj_bias.
-        bias = module + dot + weight.removesuffix("weight") + "bias"
-        if bias in model.params:
-            found.append(bias)
+        # MultiheadAttention has one in_proj_bias, also for the separate q_proj_weight, k_proj_weight, v_proj_weight.
+        own = "in_proj_bias" if weight in SEPARATE_PROJECTIONS else weight.removesuffix("weight") + "bias"
+        if module + dot + own in model.params:
+            found[module + dot + own] = None
     return tuple(found)
+
+
+SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""What MultiheadAttention calls its projections where queries, keys and values have different widths, in order."""

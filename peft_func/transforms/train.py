@@ -34,13 +34,13 @@ def train(where: Where, *, name: str = "train") -> Part:
     """
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
-        return Transform(init=_copies, apply=_nothing, holds=dict)
+        return Transform(init=_values, apply=_nothing, holds=dict)
 
     return Part(where, make, check_name(name), kind="train", options={}, matrices=False)
 
 
-def _copies(weights: Weights, key: int) -> Tree:
-    return {path: weights.base[path].clone() for path in weights}
+def _values(weights: Weights, key: int) -> Tree:
+    return {path: weights.base[path] for path in weights}
 
 
 def _nothing(tree: Tree, weights: Weights) -> Changes:

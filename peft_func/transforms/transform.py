@@ -9,7 +9,7 @@ from torch import Tensor
 from peft_func.errors import OptionError, SelectorError
 from peft_func.functional.model import FunctionalModel
 from peft_func.trees.paths import Tree
-from peft_func.trees.select import Where, as_selector, resolve
+from peft_func.trees.select import Info, Where, as_selector, resolve
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Matrix
 from peft_func.weights.operator import Operator
@@ -72,7 +72,7 @@ class Part:
         if not self.matrices:
             return resolve(self.where, infos, self.name)
         selector = as_selector(self.where)
-        chosen = tuple(info.path for info in infos if info.ndim >= 2 and selector(info.path, info))
+        chosen = tuple(info.path for info in infos if _is_matrix(info) and selector(info.path, info))
         if chosen:
             return chosen
         vectors = resolve(self.where, infos, self.name)  # raises, unless it selects biases and norms
@@ -80,6 +80,11 @@ class Part:
             f"{self.name}: the selector matches only parameters of fewer than two dimensions "
             f"({', '.join(vectors[:4])}), and {self.name} adapts matrices; to train these themselves, use pf.train"
         )
+
+
+def _is_matrix(info: Info) -> bool:
+    # nn.MultiheadAttention(add_bias_kv=True) has biases of three dimensions.
+    return info.ndim >= 2 and info.path.rpartition(".")[2] not in ("bias_k", "bias_v")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ def on(where: Where, transform: Transform, *, name: str) -> Part:
         >>> list(trainable["shift"]["bias"])
         ['shift']
     """
+    if not isinstance(transform, Transform):
+        raise OptionError(f"on takes a pf.Transform(init, apply), not a {type(transform).__name__}")
     return Part(where, lambda paths, model: transform, check_name(name), matrices=False)
 
 

@@ -48,12 +48,11 @@ def insert(tree: Tree, keys: Keys, value: object) -> None:
     for depth, key in enumerate(keys[:-1], 1):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise TreeError(
-                f"{join(keys[:depth])!r} is a leaf in one tree, and holds {join(keys[depth:])!r} in another"
-            )
-    if isinstance(tree.get(keys[-1]), dict):
-        raise TreeError(f"{join(keys)!r} is a leaf in one tree, and holds {next(iter(tree[keys[-1]]))!r} in another")
-    if keys[-1] in tree:
+            raise TreeError(f"{join(keys)!r} lies below the leaf {join(keys[:depth])!r} of another tree")
+    there = tree.get(keys[-1])
+    if isinstance(there, dict):
+        raise TreeError(f"{join((*keys, next(iter(there))))!r} lies below the leaf {join(keys)!r} of another tree")
+    if there is not None:
         raise TreeError(f"both trees hold {join(keys)!r}; combine takes trees that share no leaf")
     tree[keys[-1]] = value
 

@@ -229,7 +229,7 @@ def suffix(name: str) -> Selector:
 
 def exact(paths: Iterable[str]) -> Selector:
     """Select these parameters, by their names in `model.params`, and no others."""
-    if isinstance(paths, str):
+    if isinstance(paths, str) or not isinstance(paths, Iterable):
         raise SelectorError(f"exact takes a list of names; write pf.exact([{paths!r}])")
     return Exact(frozenset(_text("exact", path) for path in paths))
 
@@ -306,10 +306,10 @@ def _words(where: object) -> list[str]:
             return [word]
         case Exact(paths=paths):
             return sorted(paths)[:3]
+        case re.Pattern(pattern=str(word)):
+            return [word]
         case AllOf(parts=parts) | AnyOf(parts=parts):
             return [word for part in parts for word in _words(part)]
-        case Not():
-            return []
         case list() | tuple():
             return [word for item in where for word in _words(item)]
         case _:
@@ -333,7 +333,7 @@ def resolve(where: Where, infos: Iterable[Info], purpose: str) -> tuple[str, ...
         return chosen
     names = [name for info in infos for name in info.names]
     # The best guess for every word first, then the second best of each.
-    guesses = itertools.zip_longest(*(nearest(word, names) for word in _words(where)))
+    guesses = itertools.zip_longest(*(nearest(word, names) for word in _words(where) or [""]))
     close = dict.fromkeys(name for row in guesses for name in row if name is not None)
     raise SelectorError(
         f"{purpose}: {where!r} matches none of {len(infos)} parameters. "

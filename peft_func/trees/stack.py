@@ -22,7 +22,7 @@ def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
         torch.Size([2, 3])
     """
     if isinstance(trees, Mapping) or not trees:
-        raise TreeError("stack takes a list of trees, with one tree at least")
+        raise TreeError("stack takes a list of at least one tree")
     columns = [dict(leaves(tree)) for tree in trees]
     for number, column in enumerate(columns[1:], 1):
         for keys in sorted(columns[0].keys() ^ column.keys()):
@@ -49,7 +49,7 @@ def unstack(stacked: Mapping[str, Any]) -> list[Tree]:
     """
     lengths = {join(keys): (tensor.shape[0] if tensor.ndim else None) for keys, tensor in leaves(stacked)}
     if not lengths:
-        raise TreeError("unstack needs a tree with leaves; this one is empty")
+        raise TreeError("unstack needs leaves with one common leading length; this tree has no leaves")
     (count, _), *_ = Counter(lengths.values()).most_common()
     odd = {path: length for path, length in lengths.items() if length is None or length != count}
     if count is None or odd:

@@ -43,17 +43,22 @@ class Weights(dict[str, "Tensor | Operator"]):
         """Return only these, in this order."""
         return Weights({path: self[path] for path in paths}, self.base, self.layouts)
 
-    def updated(self, changes: Mapping[str, Tensor | Operator | Matrix]) -> "Weights":
-        """Return these weights with some of them replaced.
+    def updated(
+        self, changes: Mapping[str, Tensor | Operator | Matrix], among: Iterable[str] | None = None
+    ) -> "Weights":
+        """Return these weights with some of them replaced: any, or only some among those given.
 
         Raises:
-            TreeError: a name is unknown, or a value has not the shape of the parameter.
+            TreeError: it is no mapping, a name is unknown, or a value has not the shape of the parameter.
             OptionError: a value is no tensor, operator or matrix.
         """
         result = Weights(self, self.base, self.layouts)
+        allowed = self if among is None else frozenset(among)
         for path, value in changes.items():
-            if path not in self:
-                raise TreeError(f"apply changed {path!r}, which it did not select; it sees {', '.join(list(self)[:5])}")
+            if path not in allowed:
+                raise TreeError(
+                    f"apply changed {path!r}, which it did not select; it sees {', '.join(sorted(allowed)[:5])}"
+                )
             if isinstance(value, Matrix):
                 value = Operator(value, self.layouts[path], self[path].dtype, path)
             elif not isinstance(value, Tensor | Operator):

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_func.errors import TreeError
+
 Rows: TypeAlias = slice | Tensor
 """Rows of a matrix: a slice of them, or an int64 tensor `[n]`."""
 
@@ -175,6 +177,8 @@ class LowRank(Matrix):
     """
 
     def __init__(self, B: Tensor, A: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
+        if B.shape[-1] != A.shape[-2]:
+            raise TreeError(f"LowRank: B {list(B.shape)} has rank {B.shape[-1]}, A {list(A.shape)} has {A.shape[-2]}")
         self.B, self.A, self.scale, self.dropout = B, A, scale, dropout
         self.shape = (*(B if B.dim() > 2 else A).shape[:-2], B.shape[-2], A.shape[-1])
 
@@ -262,6 +266,8 @@ class Sum(Composite):
     """`left + right`."""
 
     def __init__(self, left: Matrix, right: Matrix) -> None:
+        if left.shape[-2:] != right.shape[-2:]:
+            raise TreeError(f"a sum of matrices of different shapes: {left.shape} and {right.shape}")
         self.left, self.right = self.children = (left, right)
         self.shape = left.shape if len(left.shape) >= len(right.shape) else right.shape
 
@@ -294,6 +300,8 @@ class Product(Composite):
     """`left @ right`."""
 
     def __init__(self, left: Matrix, right: Matrix) -> None:
+        if left.shape[-1] != right.shape[-2]:
+            raise TreeError(f"a product of matrices that do not chain: {left.shape} and {right.shape}")
         self.left, self.right = self.children = (left, right)
         batch = left.shape[:-2] if len(left.shape) >= len(right.shape) else right.shape[:-2]
         self.shape = (*batch, left.shape[-2], right.shape[-1])
@@ -334,7 +342,8 @@ class Product(Composite):
 
 def absorb(left: Matrix, low: LowRank) -> LowRank:
     """Return `left @ low` as one low-rank matrix: `rank` columns go through `left`."""
-    return LowRank(_cast(left, low.B.dtype).linear(low.B.mT).mT, low.A, low.scale, low.dropout)
+    # What is dropped is an input of the left side, never an entry of a factor.
+    return LowRank(_cast(left.deterministic(), low.B.dtype).linear(low.B.mT).mT, low.A, low.scale, low.dropout)
 
 
 def _cast(matrix: Matrix, dtype: torch.dtype) -> Matrix:

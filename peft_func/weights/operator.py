@@ -94,30 +94,26 @@ class Operator:
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         return getattr(self.materialise(), name)
 
-    # What is written with an operator sign does not come through __torch_function__ or __getattr__.
-    def __add__(self, other: Tensor | float) -> Tensor:
-        return torch.add(self.materialise(), other)
+    def __len__(self) -> int:
+        return self.layout.shape[0]
 
-    def __sub__(self, other: Tensor | float) -> Tensor:
-        return torch.sub(self.materialise(), other)
+    __hash__ = object.__hash__
 
-    def __mul__(self, other: Tensor | float) -> Tensor:
-        return torch.mul(self.materialise(), other)
 
-    def __truediv__(self, other: Tensor | float) -> Tensor:
-        return torch.div(self.materialise(), other)
+def _on_dense(name: str) -> Callable[..., Any]:
+    def method(self: Operator, *args: Any) -> Any:
+        return getattr(self.materialise(), name)(*args)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        return torch.matmul(self.materialise(), other)
+    return method
 
-    def __neg__(self) -> Tensor:
-        return torch.neg(self.materialise())
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.materialise()[index]
-
-    __radd__ = __add__
-    __rmul__ = __mul__
+# What is written with a sign (w + 1, 2 ** w, w > 0, w[0]) comes neither through __torch_function__ nor __getattr__.
+_SIGNS = """
+    add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul
+    neg pos abs lt le gt ge eq ne getitem
+"""
+for _name in _SIGNS.split():
+    setattr(Operator, f"__{_name}__", _on_dense(f"__{_name}__"))
 
 
 def formed(value: Any) -> Any:
@@ -135,6 +131,6 @@ def formed(value: Any) -> Any:
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Turn autocast off: a merge inside its region would otherwise round the product of the factors."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

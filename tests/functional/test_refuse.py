@@ -35,5 +35,5 @@ def test_lazy_modules():
 
 
 def test_things_that_are_no_modules():
-    with pytest.raises(pf.ModuleRefusedError, match="takes an nn.Module; it got a int"):
+    with pytest.raises(pf.ModuleRefusedError, match=r"takes an nn\.Module; it got a int"):
         pf.functionalize(3)

@@ -84,9 +84,7 @@ METHODS = {
     "gift target": pf.gift(["q_proj", "v_proj", "fc2"], rank=2),
     "gift all": pf.gift(["q_proj", "v_proj"], rank=2, share="all"),
     "gift none": pf.gift(".*", rank=2, share="none"),
-    "gift groups": pf.gift(
-        ["q_proj", "v_proj", "fc2"], rank=2, share={"narrow": r".*(q|v)_proj", "z.wide": ["fc2"], "nobody": "nothing"}
-    ),
+    "gift groups": pf.gift(["q_proj", "v_proj", "fc2"], rank=2, share={"narrow": r".*(q|v)_proj", "z.wide": ["fc2"]}),
     "gift groups by function": pf.gift(
         ["q_proj", "v_proj"], rank=1, share={"b": lambda path, info: "q_proj" in path, "a": ~pf.suffix("q_proj")}
     ),
@@ -285,7 +283,7 @@ def test_the_file_holds_resolved_names_and_no_selectors(tmp_path):
     for name in ("callable", "selectors", "lora alias"):
         adapter, _, tree = trained(METHODS[name])
         pf.save(tmp_path / "a", adapter, tree)
-        assert meta_of(tmp_path / "a")["method"]["places"] == list(adapter.parts[0].paths)
+        assert list(meta_of(tmp_path / "a")["method"]["places"]) == sorted(adapter.parts[0].paths)
     adapter, _, tree = trained(METHODS["gift groups by function"])
     pf.save(tmp_path / "a", adapter, tree)
     share = meta_of(tmp_path / "a")["method"]["options"]["share"]
@@ -1014,7 +1012,6 @@ def test_leaves_without_values_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "error",
     [OSError("disk full"), safetensors.SafetensorError("broken"), RuntimeError("odd"), KeyboardInterrupt()],
-    ids=repr,
 )
 def test_a_failure_in_the_middle_of_writing_leaves_the_old_file_alone(error, tmp_path, monkeypatch):
     adapter, _, tree = saved(tmp_path / "a")

@@ -190,7 +190,7 @@ def test_every_integer_is_a_key(key):
     assert not torch.equal(first(key), first(key + 1))
 
 
-@pytest.mark.parametrize("key", [True, False, 0.0, 1.5, None, "0", b"0", torch.tensor(0), (0,), object()], ids=repr)
+@pytest.mark.parametrize("key", [True, False, 0.0, 1.5, None, "0", b"0", torch.tensor(0), (0,), object()])
 def test_what_is_no_key_is_refused(key):
     for call in (lambda: adapter().init(key), lambda: pf.split(key, "a"), lambda: as_key(key)):
         with pytest.raises(pf.OptionError, match="a key is an int"):

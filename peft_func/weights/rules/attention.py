@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_func.weights.carrier import Carrier, implements
+from peft_func.weights.carrier import Carrier, form, implements
 from peft_func.weights.matrix import Matrix
 from peft_func.weights.rules.matmul import stored
 
@@ -59,4 +59,6 @@ def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
 
 
 def _project(value: Any) -> Any:
-    return _Projection(stored(value)) if isinstance(value, Carrier) else value
+    if not isinstance(value, Carrier):
+        return value
+    return _Projection(stored(value)) if value.dim() == 2 else form(value, "multi_head_attention_forward")
