@@ -86,7 +86,6 @@ LLAMA_Q = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
         pf.ndim(2) & (lambda path, info: "q_proj" in path),
         re.compile(".*q_proj") & pf.ndim(2),
     ],
-    ids=str,
 )
 def test_every_way_to_say_the_queries(where):
     model = model_of("llama")
@@ -123,7 +122,6 @@ def test_every_way_to_say_the_queries(where):
         pf.suffix("q_proj") & ~pf.suffix("q_proj"),
         lambda path, info: None,
     ],
-    ids=str,
 )
 def test_what_does_not_match_wholly_selects_nothing_and_says_so(where):
     with pytest.raises(pf.SelectorError) as caught:
@@ -189,7 +187,6 @@ def test_glob_is_a_shell_pattern_over_whole_paths():
     "where", ["head", r"head\.weight", ["head"], ["head.weight"], pf.glob("hea?"), pf.suffix("head"),
               pf.path(".*head.*"), pf.of_type(LINEAR) & ~pf.path("mix"),
               lambda path, info: "head.weight" in info.aliases],
-    ids=str,
 )  # fmt: skip
 def test_tied_weights_are_selected_by_an_alias(where):
     model = meta(Tied)
@@ -200,7 +197,6 @@ def test_tied_weights_are_selected_by_an_alias(where):
 @pytest.mark.parametrize(
     "where",
     [r"blocks\.0\.0", r"blocks\.2\.0", ["inner.0"], ["2.0"], pf.glob("blocks.2.0.*"), pf.suffix("blocks.0.0")],
-    ids=str,
 )
 def test_shared_modules_are_selected_by_every_path(where):
     model = meta(Shared)
