@@ -32,6 +32,8 @@ from peft_func.transforms.transform import on as on
 from peft_func.trees.keys import split as split
 from peft_func.trees.partition import combine as combine
 from peft_func.trees.partition import partition as partition
+from peft_func.trees.paths import Tree as Tree
+from peft_func.trees.paths import leaves as leaves
 from peft_func.trees.paths import map_leaves as map_leaves
 from peft_func.trees.select import as_selector as as_selector
 from peft_func.trees.select import exact as exact

@@ -65,6 +65,25 @@ def from_leaves(items: Iterator[tuple[Keys, torch.Tensor]]) -> Tree:
     return tree
 
 
-def map_leaves(function: Callable[[torch.Tensor], torch.Tensor], tree: Mapping[str, Any]) -> Tree:
-    """Apply a function to every leaf; the result has the same keys in the same order."""
-    return from_leaves((keys, function(tensor)) for keys, tensor in leaves(tree))
+def map_leaves(function: Callable[..., torch.Tensor], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> Tree:
+    """Apply a function to every leaf of a tree, and to the leaves at the same paths of others.
+
+    Args:
+        function: takes one tensor from each tree.
+        tree: the tree whose keys, and whose order of keys, the result has.
+        *others: trees with the same paths.
+
+    Raises:
+        TreeError: another tree has other paths.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> pf.map_leaves(lambda p, g: p - 0.5 * g, {"a": torch.ones(2)}, {"a": torch.ones(2)})
+        {'a': tensor([0.5000, 0.5000])}
+    """
+    columns = [dict(leaves(other)) for other in others]
+    first = dict(leaves(tree))
+    for column in columns:
+        for keys in sorted(first.keys() ^ column.keys()):
+            raise TreeError(f"the leaf {join(keys)!r} is in one tree only; map_leaves takes trees of the same paths")
+    return from_leaves((keys, function(leaf, *(column[keys] for column in columns))) for keys, leaf in first.items())

@@ -103,3 +103,13 @@ def test_insert_refuses_what_is_there_and_what_lies_below_a_leaf():
         insert(tree, ("a",), torch.ones(1))
     with pytest.raises(pf.TreeError, match=r"'a\.b\.c' lies below the leaf 'a'"):
         insert(tree, ("a", "b", "c"), torch.ones(1))
+
+
+def test_map_leaves_takes_several_trees_by_path_and_not_by_order():
+    left = {"a": {"x": torch.tensor(1.0)}, "b": torch.tensor(2.0)}
+    right = {"b": torch.tensor(20.0), "a": {"x": torch.tensor(10.0)}}
+    total = pf.map_leaves(torch.add, left, right)
+    assert list(total) == ["a", "b"]
+    assert (float(total["a"]["x"]), float(total["b"])) == (11.0, 22.0)
+    with pytest.raises(pf.TreeError, match="'a.x' is in one tree only"):
+        pf.map_leaves(torch.add, left, {"b": torch.tensor(1.0)})
