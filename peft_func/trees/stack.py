@@ -55,7 +55,7 @@ def unstack(stacked: Mapping[str, Any]) -> list[Tree]:
     if count is None or odd:
         first = ", ".join(f"{path!r} has {length}" for path, length in list(odd.items())[:3])
         raise TreeError(f"unstack needs one common leading length; most leaves have {count}, but {first}")
-    return [map_leaves(lambda tensor, i=i: tensor[i], stacked) for i in range(count)]  # type: ignore[misc]
+    return [map_leaves(lambda tensor, i=i: tensor[i], stacked) for i in range(count)]
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -111,5 +111,5 @@ def test_map_leaves_takes_several_trees_by_path_and_not_by_order():
     total = pf.map_leaves(torch.add, left, right)
     assert list(total) == ["a", "b"]
     assert (float(total["a"]["x"]), float(total["b"])) == (11.0, 22.0)
-    with pytest.raises(pf.TreeError, match="'a.x' is in one tree only"):
+    with pytest.raises(pf.TreeError, match=r"'a\.x' is in one tree only"):
         pf.map_leaves(torch.add, left, {"b": torch.tensor(1.0)})
