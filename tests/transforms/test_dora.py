@@ -111,7 +111,6 @@ def test_dora_is_lora_and_magnitude_in_one_part():
     same(model(one.apply(frozen, tree), x).logits, model(two.apply(frozen, split), x).logits, 0.0)
 
 
-@pytest.mark.uses_global_rng
 def test_dropout_of_dora_leaves_norms_and_base_alone():
     net = seeded(lambda: nn.Linear(5, 4))()
     model = pf.functionalize(net).train()

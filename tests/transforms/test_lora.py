@@ -314,7 +314,6 @@ DROPPED = {
 }
 
 
-@pytest.mark.uses_global_rng
 @pytest.mark.parametrize("layer", ["linear", "hf_conv1d", "conv2d", "transposed"])
 def test_dropout_in_train_mode_has_the_deterministic_output_as_its_mean(layer):
     build, shape = DROPPED[layer]
@@ -330,7 +329,6 @@ def test_dropout_in_train_mode_has_the_deterministic_output_as_its_mean(layer):
     assert (draws.std(0) > 0).all()
 
 
-@pytest.mark.uses_global_rng
 def test_dropout_is_on_the_inputs_of_the_branch_and_not_on_the_base():
     net = seeded(lambda: nn.Linear(5, 4))()
     model = pf.functionalize(net).train()
@@ -346,7 +344,6 @@ def test_dropout_is_on_the_inputs_of_the_branch_and_not_on_the_base():
     same(model(adapter.apply(frozen, zero), x), net(x), 0.0)
 
 
-@pytest.mark.uses_global_rng
 def test_dropout_of_peft_draws_the_same_masks():
     net = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))()
     peer = Peer(net, peft.LoraConfig(r=2, lora_alpha=3, lora_dropout=0.4, target_modules=["0", "2"]))
@@ -393,7 +390,6 @@ def test_dropout_before_other_methods_is_pure_in_apply_eval_and_merge(name, behi
     same(pf.merge(weights), pf.merge(certain), 1e-12)
 
 
-@pytest.mark.uses_global_rng
 @pytest.mark.parametrize("behind", ["gift", "ia3", "magnitude", "gift_magnitude"])
 def test_dropout_before_other_methods_drops_inputs_only(behind):
     """A unit that no input reaches makes no noise: with x = 0 the output is the same in every draw."""

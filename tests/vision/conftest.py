@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".vision"
@@ -17,15 +18,15 @@ PINS = ["torchvision==0.29.2", "timm==1.0.31"]
 @pytest.fixture(scope="session")
 def vision():
     """Install the two packages once, without their dependencies, and return the folder that they are in."""
-    if not all((FOLDER / name).is_dir() for name in ("torchvision", "timm")):
-        with tempfile.TemporaryDirectory(dir=ROOT, prefix=".vision-") as made:
-            target = Path(made) / "new"
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *PINS]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            (target / ".gitignore").write_text("*\n")
-            shutil.rmtree(FOLDER, ignore_errors=True)
-            target.rename(FOLDER)
+    with FileLock(ROOT / ".vision.lock"):  # one of the processes that share the tests installs, the others wait
+        if not all((FOLDER / name).is_dir() for name in ("torchvision", "timm")):
+            with tempfile.TemporaryDirectory(dir=ROOT, prefix=".vision-") as made:
+                target = Path(made) / "new"
+                pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *PINS]
+                done = subprocess.run(pip, check=False, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                shutil.rmtree(FOLDER, ignore_errors=True)
+                target.rename(FOLDER)
     return FOLDER
 
 

@@ -1,6 +1,5 @@
 """The matrix algebra: every expression acts as its dense form, and every view of it as the view of that."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -115,7 +114,6 @@ def test_operators_build_sums_and_products(matrix):
     assert same((matrix @ other.T).dense(torch.float64), full(matrix) @ other.tensor.T)
 
 
-@pytest.mark.uses_global_rng
 def test_dropout_acts_on_the_branch_and_not_on_the_dense_form():
     low = LowRank(randn(4, 2), randn(2, 3, seed=1), dropout=0.5)
     matrix = Sum(
