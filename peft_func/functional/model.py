@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_func.errors import NameMismatchError, OptionError, TreeError
+from peft_func.functional.attention import composed_attention
 from peft_func.functional.refuse import check_module
 from peft_func.functional.skeleton import Skeleton, structural_copy
 from peft_func.trees.select import Info, nearest
@@ -134,7 +135,9 @@ class FunctionalModel:
             # a later one cannot take.
             for path in self._encoders:
                 vars(clone.get_submodule(path))["use_nested_tensor"] = False
-        output = clone(*args, **kwargs) if self._entry == "forward" else getattr(clone, self._entry)(*args, **kwargs)
+        with composed_attention():
+            call = clone if self._entry == "forward" else getattr(clone, self._entry)
+            output = call(*args, **kwargs)
         return _without_carriers(output), dict(clone.named_buffers())
 
     def method(self, name: str) -> "FunctionalModel":
