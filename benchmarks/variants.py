@@ -27,7 +27,7 @@ DENSE_GIFT = "GIFT dense delta"
 PEFT_DORA = "PEFT DoRA"
 DORA = "peft_func DoRA"
 
-PEERS = {LORA: (PEFT_LORA,), GIFT: (DENSE_GIFT, LORA), DORA: (PEFT_DORA,)}
+PEERS = {LORA: (PEFT_LORA,), GIFT: (DENSE_GIFT, PEFT_LORA), DORA: (PEFT_DORA,)}
 """What each variant is compared with, besides the floor."""
 
 EQUAL = ((LORA, PEFT_LORA), (GIFT, DENSE_GIFT), (DORA, PEFT_DORA))

@@ -1,6 +1,6 @@
 """A method bound to a model: every selector resolved once, every rank and scale fixed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,19 +170,13 @@ class Adapter:
                 f"frozen must hold the {len(self._frozen_names)} base weights that do not train; missing or unknown: "
                 f"{', '.join(odd[:5])}. Pass the first tree of adapter.init"
             )
+        params = self.model.params
         for name, tensor in frozen.items():
-            shape = self.model.params[name].shape
-            if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            if tensor is not params[name] and (not isinstance(tensor, Tensor) or tensor.shape != params[name].shape):
                 found = tuple(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-                raise TreeError(f"the base weight {name!r} is {found}; it must be a tensor of shape {tuple(shape)}")
-        check_tree(trainable, self.spec)
-        devices = [tensor.device for tensor in frozen.values()]
-        for keys, tensor in leaves(trainable):
-            if devices and tensor.device not in devices:
-                raise TreeError(
-                    f"the leaf {join(keys)!r} of the adapter is on {tensor.device}, the weights on "
-                    f"{devices[0]}; move the tree: pf.map_leaves(lambda t: t.to({str(devices[0])!r}), trainable)"
-                )
+                wanted = tuple(params[name].shape)
+                raise TreeError(f"the base weight {name!r} is {found}; it must be a tensor of shape {wanted}")
+        check_tree(trainable, self.spec, {tensor.device for tensor in frozen.values()})
 
     def __repr__(self) -> str:
         return f"Adapter({', '.join(join(part.keys) for part in self.parts)} on {self.model!r})"
@@ -196,11 +190,13 @@ def _step(part: BoundPart, tree: Tree, weights: Weights) -> Weights:
     return weights.updated(changes, part.seen)
 
 
-def check_tree(tree: Mapping[str, Any], spec: Mapping[Keys, tuple[int, ...]]) -> None:
-    """Check that a tree has exactly these leaves.
+def check_tree(
+    tree: Mapping[str, Any], spec: Mapping[Keys, tuple[int, ...]], devices: Collection[torch.device] = ()
+) -> None:
+    """Check that a tree has exactly these leaves, and is on these devices if there are any.
 
     Raises:
-        TreeError: names the first leaf that is missing, unknown, misshapen, or not of a floating-point dtype.
+        TreeError: names the first leaf that is missing, unknown, misshapen, of no floating-point dtype, or elsewhere.
     """
     advice = "pass the second tree of adapter.init, or one of its structure"
     seen = 0
@@ -212,6 +208,12 @@ def check_tree(tree: Mapping[str, Any], spec: Mapping[Keys, tuple[int, ...]]) ->
             raise TreeError(f"the leaf {join(keys)!r} is {tuple(tensor.shape)}, this adapter's is {shape}; {advice}")
         if not tensor.is_floating_point():
             raise TreeError(f"the leaf {join(keys)!r} is {tensor.dtype}; the leaves of an adapter are floating-point")
+        if devices and tensor.device not in devices:
+            there = str(next(iter(devices)))
+            raise TreeError(
+                f"the leaf {join(keys)!r} of the adapter is on {tensor.device}, the weights on {there}; move the tree: "
+                f"pf.map_leaves(lambda t: t.to({there!r}), trainable)"
+            )
         seen += 1
     if seen != len(spec):
         have = {keys for keys, _ in leaves(tree)}

@@ -29,10 +29,10 @@ def leaves(tree: Mapping[str, Any], prefix: Keys = ()) -> Iterator[tuple[Keys, t
     for key, value in tree.items():
         if not isinstance(key, str):
             raise TreeError(f"the key {key!r} below {join(prefix)!r} is not a string; trees are dicts by name")
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*prefix, key))
-        elif isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
             yield (*prefix, key), value
+        elif isinstance(value, Mapping):
+            yield from leaves(value, (*prefix, key))
         else:
             raise TreeError(
                 f"the leaf {join((*prefix, key))!r} is a {type(value).__name__}; the leaves of a tree are tensors only"

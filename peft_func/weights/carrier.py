@@ -43,14 +43,14 @@ class Carrier(Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _OF_THE_SHELL:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
         rule = RULES.get(func)
         if rule is not None:
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        elif func in _OF_THE_SHELL:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if (name.endswith("_") and not name.endswith("__")) or "out" in kwargs or name in _WRITES:
             path = next(carrier.op.path for carrier in (*args, *kwargs.values()) if isinstance(carrier, Carrier))

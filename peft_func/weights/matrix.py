@@ -6,7 +6,6 @@
     diag(m / |V|) V    Product(Diagonal(m / V.square_norms().sqrt()), V)       DoRA
 
 `+` and `@` make a Sum and a Product too; torch.compile follows `+`, but not `@`, on objects that are no tensors.
-
 A matrix is `[out, in]`, or `[experts, out, in]`: a batch of matrices, one of which acts on each slice of its input.
 A new kind of matrix is a subclass of `Matrix` with the methods marked abstract; all else has a right default.
 """
@@ -90,13 +89,14 @@ class Matrix(ABC):
     def __matmul__(self, other: "Matrix") -> "Matrix":
         return Product(self, other)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{list(self.shape)}"
-
 
 def _pick(tensor: Tensor, rows: Rows) -> Tensor:
     # F.embedding is the same as indexing for a matrix, with a cheaper backward.
     return F.embedding(rows, tensor) if isinstance(rows, Tensor) and tensor.dim() == 2 else tensor[rows]
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    return F.linear(x, matrix) if matrix.dim() == 2 else torch.matmul(x, matrix.mT)
 
 
 def _add(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,7 +121,7 @@ class Dense(Matrix):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(self.shape) == 2:
             return F.linear(x, self.tensor, bias)
-        return _add(torch.matmul(x, self.tensor.mT), bias)
+        return _add(_times(x, self.tensor), bias)
 
     @property
     def T(self) -> Matrix:
@@ -189,9 +189,9 @@ class LowRank(Matrix):
         return LowRank(function(self.B, 2), function(self.A, 2), self.scale, self.dropout)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        inner = Dense(self.A).linear(self.drop(x).to(self.A.dtype))
+        inner = _times(self.drop(x).to(self.A.dtype), self.A)
         # Scaling the narrow activation costs rank / out of scaling the wide one.
-        return _add(Dense(self.B).linear(inner if self.scale == 1.0 else inner * self.scale).to(x.dtype), bias)
+        return _add(_times(inner if self.scale == 1.0 else inner * self.scale, self.B).to(x.dtype), bias)
 
     @property
     def T(self) -> Matrix:

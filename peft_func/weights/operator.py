@@ -28,13 +28,6 @@ class Operator:
     def __init__(self, matrix: Matrix, layout: Layout, dtype: torch.dtype, path: str) -> None:
         if matrix.shape != layout.matrix_shape:
             raise TreeError(f"{path}: a matrix of shape {matrix.shape} stands for one of shape {layout.matrix_shape}")
-        first, *rest = matrix.tensors()
-        for tensor in rest:
-            if tensor.device != first.device or not tensor.is_floating_point():
-                raise TreeError(
-                    f"{path}: a {tensor.dtype} tensor of the adapter is on {tensor.device}, the weight on "
-                    f"{first.device}; move the tree: pf.map_leaves(lambda t: t.to({str(first.device)!r}), trainable)"
-                )
         self.matrix = matrix
         self.layout = layout
         self.dtype = dtype
