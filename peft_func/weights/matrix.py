@@ -7,7 +7,6 @@
 
 `+` and `@` make a Sum and a Product too; torch.compile follows `+`, but not `@`, on objects that are no tensors.
 A matrix is `[out, in]`, or `[experts, out, in]`: a batch of matrices, one of which acts on each slice of its input.
-A new kind of matrix is a subclass of `Matrix` with the methods marked abstract; all else has a right default.
 """
 
 from abc import ABC, abstractmethod
@@ -19,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_func.errors import TreeError
+from peft_func.weights.fused import accumulate, can_accumulate
 
+# Rows of a matrix: a slice of them, or an int64 tensor [n].
 Rows: TypeAlias = slice | Tensor
-"""Rows of a matrix: a slice of them, or an int64 tensor `[n]`."""
-
+# A function of a tensor of an expression and of its number of dimensions in a single matrix (without experts).
 Leafwise: TypeAlias = Callable[[Tensor, int], Tensor]
-"""A function of a tensor of an expression and of its number of dimensions in a single matrix (without experts)."""
 
 
 class Matrix(ABC):
@@ -167,13 +166,9 @@ class Diagonal(Matrix):
 
 
 class LowRank(Matrix):
-    """`s B A`, with dropout on what it acts on.
+    """`s B A`, of `B` `[*, out, rank]` and `A` `[*, rank, in]`.
 
-    Args:
-        B: `[*, out, rank]`.
-        A: `[*, rank, in]`.
-        scale: `s`.
-        dropout: the probability of dropping an input when it acts on activations; the formed matrix has none.
+    `dropout` is the probability of dropping an input when it acts on activations; the formed matrix has none.
     """
 
     def __init__(self, B: Tensor, A: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
@@ -272,6 +267,9 @@ class Sum(Composite):
         self.shape = left.shape if len(left.shape) >= len(right.shape) else right.shape
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        match self.left, self.right:
+            case Dense(tensor=W), LowRank(A=A, B=B) as low if can_accumulate(x, W, A, B):
+                return accumulate(x, low.drop(x), W, bias, A, B, low.scale)
         y = self.left.linear(x, bias)
         return y + self.right.linear(x).to(y.dtype)  # autocast gives the two sides different dtypes
 
