@@ -18,8 +18,13 @@ def can_accumulate(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> bool:
         and x.dtype == W.dtype == A.dtype == B.dtype
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.is_autocast_enabled(x.device.type)
+        and not under_autocast(x.device)
     )
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; on meta, where torch refuses the question, it is not."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def accumulate(

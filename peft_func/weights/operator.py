@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_func.errors import TreeError
+from peft_func.weights.fused import under_autocast
 from peft_func.weights.layout import Layout
 from peft_func.weights.matrix import Matrix
 
@@ -124,6 +125,6 @@ def formed(value: Any) -> Any:
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Turn autocast off: a merge inside its region would otherwise round the product of the factors."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    if under_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
