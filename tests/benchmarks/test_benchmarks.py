@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-
 from typer.testing import CliRunner
 
 from benchmarks import measure, memory, models, overhead, report, variants
