@@ -37,6 +37,10 @@ class DensifyError(PeftFuncError, RuntimeError):
     """A structured weight had to be formed where that is forbidden."""
 
 
+class RouteError(PeftFuncError, RuntimeError):
+    """A model uses a weight that differs along the batch in a way that does not tell the samples apart."""
+
+
 class FileFormatError(PeftFuncError, OSError):
     """A file is truncated, foreign, or not for this model."""
 

@@ -8,8 +8,9 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from peft_func.errors import NameMismatchError, OptionError, TreeError
+from peft_func.errors import NameMismatchError, OptionError, RouteError, TreeError
 from peft_func.functional.attention import composed_attention
+from peft_func.functional.grouped import batch_second, call_by_group, check_norms, groups_among, mixing_norm
 from peft_func.functional.refuse import check_module
 from peft_func.functional.skeleton import Skeleton, structural_copy
 from peft_func.trees.select import Info, nearest
@@ -55,6 +56,8 @@ class FunctionalModel:
         ties: `{alias: canonical name}` for every further name of a parameter.
         infos: what selectors see of each parameter.
         layouts: how each parameter is stored.
+        mixing_norm: the path of a module that normalises over the batch it meets (BatchNorm in train mode), or None.
+        batch_second: the path of a module whose activations have the batch on their second axis, or None.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class FunctionalModel:
         self.layouts: dict[str, Layout] = {name: layout_of(info) for name, info in self.infos.items()}
         self._encoders = [path for path, part in root.named_modules() if isinstance(part, nn.TransformerEncoder)]
         self._trains = any(module.training for module in root.modules())
+        self.mixing_norm, self.batch_second = mixing_norm(root), batch_second(root)
         self._training = {name: self._owner(name).training for name in params}
         self._renormed = [
             name
@@ -93,7 +97,17 @@ class FunctionalModel:
             NameMismatchError: a name is missing or unknown.
             TreeError: a weight has another shape, or a dtype or device that does not fit the others.
         """
-        return self.with_state(weights, self.state, *args, **kwargs)[0]
+        groups = groups_among(weights)
+        if groups is None:
+            return self.with_state(weights, self.state, *args, **kwargs)[0]
+        check_norms(self.mixing_norm)
+        if self.batch_second is None:
+            try:
+                return self.with_state(weights, self.state, *args, **kwargs)[0]
+            except RouteError:
+                if torch.compiler.is_compiling():
+                    raise
+        return call_by_group(self, weights, groups, args, kwargs)
 
     def with_state(
         self, weights: Mapping[str, Tensor | Operator], state: Mapping[str, Tensor], *args: Any, **kwargs: Any

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from peft_func.errors import LeakError
+from peft_func.errors import LeakError, RouteError
 from peft_func.weights.densify import note_densified
+from peft_func.weights.groups import Grouped
 from peft_func.weights.operator import Operator
 
 Rule: TypeAlias = Callable[..., Any]
@@ -22,12 +23,15 @@ Rule: TypeAlias = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 """How each torch function acts with carriers among its arguments."""
 
+GROUP_RULES: dict[Any, Rule] = {}
+"""How it acts where one of them carries a weight that differs along the batch."""
 
-def implements(*functions: Any) -> Callable[[Rule], Rule]:
+
+def implements(*functions: Any, rules: dict[Any, Rule] = RULES) -> Callable[[Rule], Rule]:
     """Register a rule for torch functions."""
 
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(functions, rule))
+        rules.update(dict.fromkeys(functions, rule))
         return rule
 
     return register
@@ -61,6 +65,31 @@ class Carrier(Tensor):
         return func(*_plain(args, name), **_plain(kwargs, name))
 
 
+class GroupedCarrier(Carrier):
+    """The carrier of a weight that differs along the batch: what has no rule cannot be done with it."""
+
+    op: Grouped
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = GROUP_RULES.get(func)
+        if rule is not None:
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        elif func in _OF_THE_SHELL:
+            return super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", str(func))
+        given = [
+            value for arg in (*args, *kwargs.values()) for value in (arg if isinstance(arg, list | tuple) else [arg])
+        ]
+        paths = [value.op.path for value in given if isinstance(value, GroupedCarrier)]
+        raise RouteError(f"{name} has no rule for weights that differ along the batch: {', '.join(paths) or 'unknown'}")
+
+
 def carry(op: Operator) -> Carrier:
     """Dress an operator as a tensor."""
     # An autograd.Function takes the shell without asking `__torch_function__`, and whatever gradient it returned would
@@ -69,7 +98,7 @@ def carry(op: Operator) -> Carrier:
     in_transform = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     requires_grad = not in_transform and torch.is_grad_enabled() and op.requires_grad
     shell = torch.empty(op.layout.shape, dtype=op.dtype, device="meta", requires_grad=requires_grad)
-    carrier = shell.as_subclass(Carrier)
+    carrier = shell.as_subclass(GroupedCarrier if isinstance(op, Grouped) else Carrier)
     carrier.op = op
     return carrier
 

@@ -91,7 +91,7 @@ class Matrix(ABC):
 
 def _pick(tensor: Tensor, rows: Rows) -> Tensor:
     # F.embedding is the same as indexing for a matrix, with a cheaper backward.
-    return F.embedding(rows, tensor) if isinstance(rows, Tensor) and tensor.dim() == 2 else tensor[rows]
+    return F.embedding(rows, tensor) if isinstance(rows, Tensor) and tensor.dim() == 2 else tensor[..., rows, :]
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ class Product(Composite):
     def take(self, rows: Rows) -> Matrix:
         match self.left:
             case Diagonal() as left:
-                return Product(Diagonal(left.entries[rows]), self.right.take(rows))
+                return Product(Diagonal(left.entries[..., rows]), self.right.take(rows))
             case IdentityPlus() as left:
                 return Sum(self.right.take(rows), Product(left.inner, self.right).take(rows))
             case Sum() as left:

@@ -7,7 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_func.weights.carrier import Carrier, form, implements
+from peft_func.errors import RouteError
+from peft_func.weights.carrier import GROUP_RULES, Carrier, GroupedCarrier, form, implements
+from peft_func.weights.groups import Groups
 from peft_func.weights.matrix import Matrix
 from peft_func.weights.rules.matmul import stored
 
@@ -19,22 +21,39 @@ class _Projection:
     them once more.
     """
 
-    def __init__(self, matrix: Matrix) -> None:
+    def __init__(self, matrix: Matrix, groups: Groups | None = None, ndim: int = 2) -> None:
         self.matrix = matrix
-        self.shape = matrix.shape
+        self.groups = groups
+        self.shape = matrix.shape[-2:][:ndim]  # a bias that differs along the batch is a matrix of one column
 
     def split(self, sizes: Sequence[int]) -> list["_Projection"]:
         """Return consecutive rows."""
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return [_Projection(self.matrix.take(slice(end - size, end))) for end, size in zip(ends, sizes, strict=True)]
+        rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        return [_Projection(self.matrix.take(part), self.groups, len(self.shape)) for part in rows]
 
     def chunk(self, count: int) -> list["_Projection"]:
         """Return equal parts."""
         return self.split([self.shape[0] // count] * count)
 
 
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-    return weight.matrix.linear(x, bias) if isinstance(weight, _Projection) else F.linear(x, weight, bias)
+def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    given = [value for value in (weight, bias) if isinstance(value, _Projection)]
+    groups = next((value.groups for value in given if value.groups is not None), None)
+    if groups is None:
+        return weight.matrix.linear(x, bias) if given else F.linear(x, weight, bias)
+    # The batch is the second axis here, or joined to the first.
+    if x.numel() % (groups.total * x.shape[-1]):
+        raise RouteError(f"attention projects {tuple(x.shape)} in a batch of {groups.total}")
+    by_group = x.reshape(-1, groups.count, groups.size, x.shape[-1]).transpose(0, 1).flatten(1, 2)
+    y = weight.matrix.linear(by_group) if isinstance(weight, _Projection) else F.linear(by_group, weight)
+    if isinstance(bias, _Projection):
+        y = y + bias.matrix.dense(y.dtype).mT  # a column for each group
+    elif bias is not None:
+        y = y + bias
+    # The code around takes views of it.
+    y = y.reshape(groups.count, -1, groups.size, y.shape[-1])
+    return y.transpose(0, 1).contiguous().view(*x.shape[:-1], y.shape[-1])
 
 
 def _rebuilt(function: Any, **names: Any) -> Callable[..., Any]:
@@ -54,11 +73,15 @@ _attend = _rebuilt(
 
 
 @implements(F.multi_head_attention_forward)
+@implements(F.multi_head_attention_forward, rules=GROUP_RULES)
 def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
     return _attend(*map(_project, args), **{name: _project(value) for name, value in kwargs.items()})
 
 
 def _project(value: Any) -> Any:
+    if isinstance(value, GroupedCarrier):
+        # Biases on keys and values (three dimensions) are repeated along the batch, and say themselves that they can't.
+        return value if value.dim() > 2 else _Projection(stored(value), value.op.groups, value.dim())
     if not isinstance(value, Carrier):
         return value
     return _Projection(stored(value)) if value.dim() == 2 else form(value, "multi_head_attention_forward")

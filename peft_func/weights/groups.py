@@ -1,0 +1,123 @@
+"""Weights that differ along the batch: sample by sample (routing), or member by member (ensembles).
+
+The leading axis of every activation is taken as `count` groups of `size` consecutive samples. The weights of a group
+are matrices with one more axis in front, `[count, out, in]`, in which whatever all groups share (the base weight)
+stays as it is: its product runs once, over the whole batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_func.errors import RouteError, TreeError
+from peft_func.weights.layout import Layout, Storage
+from peft_func.weights.matrix import Matrix
+from peft_func.weights.operator import Operator, full_precision
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How the leading axis falls into groups.
+
+    Attributes:
+        count: the number of groups.
+        size: the consecutive samples in each.
+    """
+
+    count: int
+    size: int
+
+    @property
+    def total(self) -> int:
+        """The samples in the batch."""
+        return self.count * self.size
+
+    def split(self, x: Tensor, what: str, *, flattened: bool = False) -> Tensor:
+        """View `[total, ...]` as `[count, size, ...]`; one sample for all, `[1, ...]`, is repeated.
+
+        Args:
+            x: an activation.
+            what: who asks, for the message.
+            flattened: whether `[total * n, ...]` is meant too: samples whose own positions were joined to the batch.
+
+        Raises:
+            RouteError: its leading axis is not the batch.
+        """
+        rows = x.shape[0] if x.dim() else 0
+        if rows == 1 and self.total > 1:
+            x = x.expand(self.total, *x.shape[1:])
+        elif rows == 0 or rows % self.total or (rows != self.total and not flattened):
+            raise RouteError(
+                f"{what} meets an activation of shape {tuple(x.shape)} in a batch of {self.total}: its leading axis is "
+                "not the batch, so its samples cannot be told apart"
+            )
+        return x.reshape(self.count, x.shape[0] // self.count, *x.shape[1:])
+
+
+class Grouped(Operator):
+    """An effective weight with one more axis in front, over the groups of a batch.
+
+    A vector (a bias, a norm's weight) is held as a matrix of one column. A tensor of the expression with an axis more
+    than it has in a single matrix differs between groups, and has that axis in front.
+    """
+
+    def __init__(self, matrix: Matrix, groups: Groups, layout: Layout, dtype: torch.dtype, path: str) -> None:
+        single = (*layout.shape, 1) if layout.storage is Storage.VECTOR else layout.matrix_shape
+        if matrix.shape not in (single, (groups.count, *single)):
+            raise TreeError(f"{path}: a matrix of shape {matrix.shape} for {groups.count} groups of {single}")
+        self.matrix = matrix
+        self.groups = groups
+        self.layout = layout
+        self.dtype = dtype
+        self.path = path
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the parameter has fewer than two dimensions."""
+        return self.layout.storage is Storage.VECTOR
+
+    def exact(self) -> Tensor:
+        """Refuse: it stands for many weights.
+
+        Raises:
+            RouteError: always.
+        """
+        raise RouteError(
+            f"{self.path!r} is a weight for each of {self.groups.count} groups of samples, and has no one dense form; "
+            "merge the weights of one adapter: pf.merge(adapter.apply(frozen, tree))"
+        )
+
+    def each(self) -> Tensor:
+        """Form all of them: `[count, *shape]`."""
+        with full_precision(self.device):
+            dense = self.matrix.dense(self.matrix.compute_dtype).to(self.dtype)
+        if self.is_vector:
+            dense = dense[..., 0]
+        if dense.dim() == (len(self.layout.shape) if self.is_vector else len(self.layout.matrix_shape)):
+            dense = dense.expand(self.groups.count, *dense.shape)
+        return dense if self.is_vector else torch.func.vmap(self.layout.to_stored)(dense)
+
+    def replace(self, matrix: Matrix) -> "Grouped":
+        return Grouped(matrix, self.groups, self.layout, self.dtype, self.path)
+
+    def take_apart(self) -> tuple[list[Tensor], list[int | None], Callable[[Sequence[Tensor]], Tensor | Operator]]:
+        """Return its tensors, the axis of each over which the groups lie (or None), and how one group's is built."""
+        axes: list[int | None] = []
+        extra = 0 if self.is_vector else len(self.layout.batch)
+
+        def note(tensor: Tensor, ndim: int) -> Tensor:
+            axes.append(0 if tensor.dim() > ndim + extra else None)
+            return tensor
+
+        tensors = list(self.matrix.map(note).tensors())
+
+        def one(own: Sequence[Tensor]) -> Tensor | Operator:
+            rest = iter(own)
+            matrix = self.matrix.map(lambda *_: next(rest))
+            if self.is_vector:
+                return matrix.dense(self.dtype)[..., 0]
+            return Operator(matrix, self.layout, self.dtype, self.path)
+
+        return tensors, axes, one

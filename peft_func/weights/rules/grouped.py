@@ -1,0 +1,203 @@
+"""Weights that differ along the batch: products with each group's own matrix, and everything else group by group.
+
+A product runs the shared part (the base weight) once over the whole batch and the groups' own parts as batched
+products; convolutions, lookups and norms go through `torch.func.vmap` over the groups, which does the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_func.errors import RouteError
+from peft_func.weights.carrier import GROUP_RULES, Carrier, GroupedCarrier, Rule, carry, getter, implements
+from peft_func.weights.groups import Grouped, Groups
+from peft_func.weights.layout import Layout, Storage
+from peft_func.weights.matrix import Dense
+from peft_func.weights.operator import Operator
+from peft_func.weights.rules.matmul import stored
+
+
+def groups_of(*values: Any) -> Groups:
+    """Return the groups that the carriers among some arguments are for."""
+    found = {value.op.groups for value in values if isinstance(value, GroupedCarrier)}
+    if len(found) != 1:
+        raise RouteError(f"weights for different batches meet in one function: {found}")
+    return found.pop()
+
+
+def product(x: Tensor, weight: Any, groups: Groups, what: str, *, flattened: bool = False) -> Tensor:
+    """Return `x M^T`: `[total, *, in]` to `[total, *, out]`, with the matrix of each group, or one of all."""
+    if not isinstance(weight, GroupedCarrier):
+        return F.linear(x, weight)
+    parts = groups.split(x, what, flattened=flattened)
+    y = stored(weight).linear(parts.flatten(1, -2))
+    return y.reshape(-1, *parts.shape[2:-1], y.shape[-1])
+
+
+def pointwise(function: Callable[..., Tensor], x: Tensor, weight: GroupedCarrier, *, flattened: bool = False) -> Tensor:
+    """Apply a pointwise function to an activation and the groups' own values of a parameter, which broadcasts."""
+    name, groups, shape = getattr(function, "__name__", "this"), weight.op.groups, weight.op.layout.shape
+    parts = groups.split(x, name, flattened=flattened)
+    missing = x.dim() - len(shape)
+    if missing < 0 or (missing == 0 and shape[0] != 1):  # its first dimension would have to be the batch
+        raise RouteError(f"{name} broadcasts {tuple(x.shape)} with {weight.op.path!r} {shape}, which differs along it")
+    own = weight.op.each().reshape(groups.count, *[1] * missing, *shape)
+    return function(parts, own).flatten(0, 1)
+
+
+def _add(y: Tensor, bias: Any, *, flattened: bool = False) -> Tensor:
+    if bias is None:
+        return y
+    return pointwise(torch.add, y, bias, flattened=flattened) if isinstance(bias, GroupedCarrier) else y + bias
+
+
+@implements(F.linear, rules=GROUP_RULES)
+def linear(input: Tensor, weight: Any, bias: Any = None) -> Any:
+    if isinstance(input, Carrier) or weight.dim() != 2:
+        return NotImplemented
+    groups = groups_of(weight, bias)
+    if isinstance(weight, GroupedCarrier) and weight.op.layout.storage is Storage.TRANSPOSED:
+        return NotImplemented
+    return _add(product(input, weight, groups, "linear"), bias)
+
+
+@implements(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, rules=GROUP_RULES)
+def matmul(input: Any, other: Any) -> Any:
+    if isinstance(input, Carrier) or other.dim() != 2:
+        return NotImplemented
+    return product(input, transpose(other), groups_of(other), "matmul")
+
+
+@implements(torch.addmm, Tensor.addmm, rules=GROUP_RULES)
+def addmm(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
+    if isinstance(left, Carrier) or out is not None or beta != 1 or alpha != 1:
+        return NotImplemented
+    # HF Conv1D joins the positions of each sample to the batch before this.
+    groups = groups_of(input, right)
+    transposed = transpose(right) if isinstance(right, Carrier) else right.mT
+    return _add(product(left, transposed, groups, "addmm", flattened=True), input, flattened=True)
+
+
+@implements(torch.t, Tensor.t, getter("T"), getter("mT"), rules=GROUP_RULES)
+def transpose(input: Carrier) -> Any:
+    if not isinstance(input, GroupedCarrier):
+        return input.mT
+    if input.dim() != 2 or input.op.layout.is_conv:
+        return NotImplemented
+    matrix = stored(input).T
+    layout = Layout(Storage.MATRIX, matrix.shape[-2:])
+    return carry(Grouped(matrix, input.op.groups, layout, input.op.dtype, input.op.path))
+
+
+@implements(torch.transpose, Tensor.transpose, rules=GROUP_RULES)
+def swap(input: GroupedCarrier, dim0: int, dim1: int) -> Any:
+    return transpose(input) if input.dim() == 2 and {dim0 % 2, dim1 % 2} == {0, 1} else NotImplemented
+
+
+@implements(torch.detach, Tensor.detach, rules=GROUP_RULES)
+def detach(input: GroupedCarrier) -> Carrier:
+    return carry(input.op.replace(input.op.matrix.map(lambda tensor, _: tensor.detach())))
+
+
+@implements(Tensor.contiguous, rules=GROUP_RULES)
+def contiguous(input: GroupedCarrier, **kwargs: Any) -> Carrier:
+    return input
+
+
+def _pointwise_rule(function: Callable[..., Tensor]) -> Rule:
+    def rule(input: Any, other: Any, **kwargs: Any) -> Any:
+        carriers = [value for value in (input, other) if isinstance(value, Carrier)]
+        tensors = [value for value in (input, other) if isinstance(value, Tensor)]
+        if kwargs or len(carriers) > 1:
+            return NotImplemented
+        if len(tensors) == 1:  # with a number: a parameter of another value
+            return _each(function)(input, other)
+        if isinstance(other, GroupedCarrier):
+            return pointwise(function, input, other)
+        return pointwise(lambda x, own: function(own, x), other, input)
+
+    return rule
+
+
+def _each(function: Callable[..., Tensor]) -> Rule:
+    """Make the rule that applies a pointwise function to the groups' own values of a vector."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        (carrier,) = (value for value in args if isinstance(value, GroupedCarrier))
+        if not carrier.op.is_vector:
+            return NotImplemented
+        values = function(*(value.op.each() if value is carrier else value for value in args), **kwargs)
+        op = carrier.op
+        return carry(Grouped(Dense(values.unsqueeze(-1)), op.groups, op.layout, values.dtype, op.path))
+
+    return rule
+
+
+for _name in ("add", "sub", "mul", "div"):
+    _function = getattr(torch, _name)
+    _signs = {"div": "truediv"}.get(_name, _name)
+    implements(
+        _function, getattr(Tensor, _name), getattr(Tensor, f"__{_signs}__"), rules=GROUP_RULES
+    )(_pointwise_rule(_function))  # fmt: skip
+for _name in ("__radd__", "__rmul__", "__rsub__", "__rtruediv__"):
+    _swapped = {"a": torch.add, "m": torch.mul, "s": torch.sub, "t": torch.div}[_name[3]]
+    implements(getattr(Tensor, _name), rules=GROUP_RULES)(_pointwise_rule(lambda x, y, swapped=_swapped: swapped(y, x)))
+implements(Tensor.float, rules=GROUP_RULES)(_each(Tensor.float))
+
+
+@implements(Tensor.to, rules=GROUP_RULES)
+def to(input: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(input, GroupedCarrier):
+        return NotImplemented
+    own = (input.op.dtype, input.op.device, None, False)
+    return (
+        input if all(value in own for value in (*args, *kwargs.values())) else _each(Tensor.to)(input, *args, **kwargs)
+    )
+
+
+@implements(Tensor.expand, Tensor.repeat, rules=GROUP_RULES)
+def expand(input: GroupedCarrier, *sizes: Any) -> Any:
+    """A parameter made as long as the batch (a class token) becomes the activation that it is meant to be."""
+    wanted = list(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else list(sizes)
+    groups, own = input.op.groups, input.op.layout.shape
+    if len(wanted) != len(own) or own[0] != 1 or wanted[0] != groups.total:
+        return NotImplemented
+    if any(size not in (-1, 1) and size != there for size, there in zip(wanted[1:], own[1:], strict=True)):
+        return NotImplemented
+    return input.op.each().expand(groups.count, groups.size, *own[1:]).flatten(0, 1)
+
+
+def by_group(function: Callable[..., Tensor]) -> Rule:
+    """Make the rule that maps a function over the groups; its first argument is the activation."""
+
+    def rule(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(input, Carrier):
+            return NotImplemented
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        apart = {key: value.op.take_apart() for key, value in given.items() if isinstance(value, GroupedCarrier)}
+        groups = groups_of(*given.values())
+
+        def one(x: Tensor, *tensors: Tensor) -> Tensor:
+            rest, own = list(tensors), dict(given)
+            for key, (mine, _, build) in apart.items():
+                value = build(rest[: len(mine)])
+                own[key] = carry(value) if isinstance(value, Operator) else value
+                del rest[: len(mine)]
+            return function(x, *(own[i] for i in range(len(args))), **{name: own[name] for name in kwargs})
+
+        axes = [axis for _, some, _ in apart.values() for axis in some]
+        every = [tensor for some, _, _ in apart.values() for tensor in some]
+        parts = groups.split(input, getattr(function, "__name__", "this"))
+        return torch.func.vmap(one, in_dims=(0, *axes), randomness="different")(parts, *every).flatten(0, 1)
+
+    return rule
+
+
+for _function in (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm,
+):  # fmt: skip
+    implements(_function, rules=GROUP_RULES)(by_group(_function))
