@@ -12,9 +12,13 @@ from torch import Tensor
 
 
 def can_accumulate(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the branch may be accumulated: single matrices of one dtype, outside of transforms and autocast."""
+    """Whether the branch may be accumulated: one base matrix, one dtype, outside of transforms and autocast.
+
+    The factors may be single matrices, or one for each slice of `x` `[count, n, in]`.
+    """
     return (
-        W.dim() == A.dim() == B.dim() == 2
+        W.dim() == 2
+        and (A.dim() == B.dim() == 2 or (x.dim() == 3 and A.dim() == B.dim() == 3 and len(A) == len(B) == len(x)))
         and x.dtype == W.dtype == A.dtype == B.dtype
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -37,10 +41,12 @@ def accumulate(
         dropped: what the branch acts on, `[*, in]`: `x`, or `x` after dropout.
         W: `[out, in]`.
         bias: `[out]`, or None.
-        A: `[rank, in]`.
-        B: `[out, rank]`.
+        A: `[rank, in]`, or `[count, rank, in]`.
+        B: `[out, rank]`, or `[count, out, rank]`.
         scale: `s`.
     """
+    if A.dim() == 3:
+        return F.linear(x, W, bias).baddbmm_(torch.bmm(dropped, A.mT), B.mT, alpha=scale)
     # Two dimensions from the start: an in-place product on a view would make autograd copy slices.
     y = F.linear(x.reshape(-1, x.shape[-1]), W, bias)
     inner = F.linear(dropped.reshape(-1, x.shape[-1]), A)
