@@ -1,11 +1,13 @@
 """How good predictions are: accuracy, calibration, and where the members of an ensemble disagree."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import peft_func as pf
+from peft_func.ensemble.scores import Reliability as Reliability
 
 BINS = 10
 
@@ -30,62 +32,35 @@ def score(log_probs: Tensor, labels: Tensor) -> Scores:
     return Scores(
         accuracy=(log_probs.argmax(-1) == labels).double().mean().item(),
         ece=calibration_error(log_probs, labels),
-        nll=F.nll_loss(log_probs.double(), labels).item(),
+        nll=pf.negative_log_likelihood(log_probs.double(), labels).item(),
     )
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Predictions in bins of equal width over the confidence, the probability of the most probable class.
-
-    Attributes:
-        count: `[bins]`, how many predictions are in each.
-        confidence: `[bins]`, their mean confidence; NaN in an empty bin.
-        accuracy: `[bins]`, the share of them that is right; NaN in an empty bin.
-    """
-
-    count: Tensor
-    confidence: Tensor
-    accuracy: Tensor
 
 
 def reliability(log_probs: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:
-    """Sort predictions into bins `((i) / bins, (i + 1) / bins]` by confidence.
-
-    Args:
-        log_probs: `[n, classes]`.
-        labels: `[n]`, int64.
-        bins: how many.
-    """
-    confidence, prediction = log_probs.double().exp().max(-1)
-    right = (prediction == labels).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    count = torch.bincount(place, minlength=bins)
-    return Reliability(
-        count,
-        torch.bincount(place, confidence, minlength=bins) / count,
-        torch.bincount(place, right, minlength=bins) / count,
-    )
-
-
-def calibration_error(log_probs: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Return the expected calibration error: the mean of `|accuracy - confidence|` over bins, weighted by their counts.
-
-    Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015.
+    """Sort predictions into bins by confidence; see `pf.reliability`.
 
     Args:
         log_probs: `[n, classes]`.
         labels: `[n]`, int64.
         bins: how many of equal width.
     """
-    found = reliability(log_probs, labels, bins)
-    gaps = torch.nan_to_num((found.accuracy - found.confidence).abs())
-    return ((gaps * found.count).sum() / found.count.sum()).item()
+    return pf.reliability(log_probs.double().exp(), labels, bins)
+
+
+def calibration_error(log_probs: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Return the expected calibration error; see `pf.calibration_error`.
+
+    Args:
+        log_probs: `[n, classes]`.
+        labels: `[n]`, int64.
+        bins: how many of equal width.
+    """
+    return pf.calibration_error(log_probs.double().exp(), labels, bins).item()
 
 
 def mean_of_probabilities(log_probs: Tensor) -> Tensor:
     """Return the log of the members' mean probabilities: `[members, n, classes]` to `[n, classes]`."""
-    return torch.logsumexp(log_probs, 0) - math.log(len(log_probs))
+    return pf.mean_probabilities(log_probs, log=True)
 
 
 def vote_counts(log_probs: Tensor) -> Tensor:
@@ -106,8 +81,7 @@ def most_disputed(log_probs: Tensor, count: int) -> Tensor:
     Returns:
         Their numbers, int64 `[min(count, n)]`.
     """
-    mean = mean_of_probabilities(log_probs)
-    by_entropy = torch.argsort(_entropy(mean.exp()), descending=True, stable=True)
+    by_entropy = torch.argsort(pf.predictive_entropy(log_probs), descending=True, stable=True)
     votes = vote_counts(log_probs).double() / len(log_probs)
     # Rounded, so that the order of the summands in the entropy does not decide between equal votes.
     by_votes = torch.argsort(_entropy(votes).round(decimals=9)[by_entropy], descending=True, stable=True)

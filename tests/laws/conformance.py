@@ -373,6 +373,58 @@ class Laws:
         assert close(grads[0], grads[1], GRADS)
 
 
+    @given(st.data())
+    def test_17_ensemble_is_the_loop(self, data):
+        case = data.draw(self.cases())
+        members, how = case.members(), data.draw(st.sampled_from(["auto", "vmap"]))
+        run = pf.ensemble(case.adapter, how=how, chunk_size=data.draw(st.sampled_from([None, 2])))
+
+        def together(stacked: Any) -> Tensor:
+            return case.animal.output(run(case.frozen, stacked, *case.args, **case.kwargs))
+
+        _same_with_gradients(together, lambda trees: torch.stack([case.call(tree) for tree in trees]), members)
+
+    @given(st.data())
+    def test_18_route_is_the_loop(self, data):
+        case = data.draw(self.cases())
+        members = case.members()
+        batches = [case.animal.inputs(case.key % 1000 + i) for i in range(3)]
+        args = [torch.cat(parts) for parts in zip(*(args for args, _ in batches), strict=True)]
+        count = len(args[0])
+        index = data.draw(st.lists(st.integers(-1, 2), min_size=count, max_size=count))
+        used = set(index) - {-1}
+
+        def one(tree: Any, i: int) -> Tensor:
+            weights = case.model.params if tree is None else case.adapter.apply(case.frozen, tree)
+            return case.animal.output(case.model(weights, *(x[i : i + 1] for x in args)))
+
+        def together(stacked: Any) -> Tensor:
+            weights = pf.route(case.adapter, case.frozen, stacked, torch.tensor(index))
+            return case.animal.output(case.model(weights, *args))
+
+        def loop(trees: list[Any]) -> Tensor:
+            return torch.cat([one(None if k < 0 else trees[k], i) for i, k in enumerate(index)])
+
+        grads = _same_with_gradients(together, loop, members)
+        for k in set(range(3)) - used:
+            assert all(not leaf[k].any() for leaf in grads)
+
+
+def _same_with_gradients(together: Any, loop: Any, members: list[Any]) -> list[Tensor]:
+    """Compare values and gradients of a function of a stacked tree and of one of a list of trees."""
+    stacked = pf.map_leaves(lambda t: t.requires_grad_(), pf.stack(members))
+    leaves = optree.tree_leaves(stacked)
+    results = []
+    for value in (together(stacked), loop(pf.unstack(stacked))):
+        loss = (value * value.cos()).sum()
+        zeros = [torch.zeros_like(leaf) for leaf in leaves]
+        grads = torch.autograd.grad(loss, leaves, materialize_grads=True) if loss.requires_grad else zeros
+        results.append((value.detach(), grads))
+    assert close(results[0][0], results[1][0], VALUES)
+    assert close(results[0][1], results[1][1], GRADS)
+    return list(results[0][1])
+
+
 class _Checkpointed(nn.Module):
     def __init__(self, segments: bool, reentrant: bool) -> None:
         super().__init__()
