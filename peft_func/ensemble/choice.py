@@ -16,16 +16,18 @@ class Choice:
         base: the base weight as a matrix, `[*experts, out, in]`.
         chosen: a bool for each group.
         experts: the number of axes over experts.
+        only_base: whether a matrix that all groups share can only be the base, not a constant of a method.
     """
 
     base: Tensor
     chosen: Tensor
     experts: int
+    only_base: bool = True
 
     def effective(self, matrix: Matrix) -> Matrix:
         """Return the matrix where chosen and the base elsewhere, with as much structure as there was."""
         match matrix:
-            case Dense(tensor=tensor) if tensor.dim() == 2 + self.experts:
+            case Dense(tensor=tensor) if tensor is self.base or (self.only_base and tensor.dim() == 2 + self.experts):
                 return matrix  # the base weight itself, which all groups share
             case Sum(left=left, right=right) if right.is_structured and not left.is_structured:
                 return Sum(self.effective(left), self._zero(right))
@@ -65,7 +67,7 @@ class Choice:
 
     def _formed(self, matrix: Matrix, other: Tensor) -> Matrix:
         dense = matrix.dense(matrix.compute_dtype)
-        return Dense(self._pick(dense, other.to(dense), 2))
+        return Dense(self._pick(dense, other.to(dense), 2).to(self.base.dtype))
 
     def _pick(self, tensor: Tensor, other: Tensor | float, ndim: int) -> Tensor:
         return torch.where(self.chosen.view(-1, *[1] * (ndim + self.experts)), tensor, other)

@@ -8,9 +8,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from peft_func.ensemble.members import count_members, grouped_weights
+from peft_func.ensemble.members import count_members, grouped_weights, groups_in
 from peft_func.errors import OptionError, RouteError, TreeError
-from peft_func.functional.grouped import vmapped
+from peft_func.functional.grouped import check_norms, check_value, vmapped
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter
 from peft_func.transforms.options import check_choice
@@ -55,7 +55,8 @@ class Ensemble:
 
         Raises:
             TreeError: the tree is no stack, or an argument has not one entry for each member.
-            RouteError: `how="fold"`, and the model does not keep the batch on the leading axis.
+        RouteError: `how="fold"`, and the model does not keep the batch on the leading axis, or cannot be seen to;
+            or the model returns objects that hold tensors and are no pytrees.
         """
         count = count_members(self.adapter, stacked)
         mapped = self._mapped(count, args, kwargs)
@@ -87,14 +88,20 @@ class Ensemble:
         return flat, pytree.tree_structure((args, kwargs))
 
     def _run(self, count: int, frozen: Any, stacked: Any, mapped: tuple[list[tuple[Any, bool]], Any]) -> Any:
-        foldable = self.model.mixing_norm is None and self.model.batch_second is None
-        if self.how == "fold" or (self.how == "auto" and foldable):
-            try:
-                return self._fold(count, frozen, stacked, mapped)
-            except RouteError:
-                if self.how == "fold" or torch.compiler.is_compiling():
-                    raise
         flat, spec = mapped
+        if self.how != "vmap":
+            try:
+                size = self._foldable(count, flat)
+            except RouteError:
+                if self.how == "fold":
+                    raise
+                size = None
+            if size is not None:
+                try:
+                    return self._fold(groups_in(self.model, count, size), frozen, stacked, mapped)
+                except RouteError:
+                    if self.how == "fold" or torch.compiler.is_compiling():
+                        raise
 
         def one(tree: Any, *leaves: Any) -> Any:
             args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -103,25 +110,44 @@ class Ensemble:
         in_dims = (0, *(0 if own else None for _, own in flat))
         return vmapped(one, in_dims, randomness=self.randomness)(stacked, *(leaf for leaf, _ in flat))
 
-    def _fold(self, count: int, frozen: Any, stacked: Any, mapped: tuple[list[tuple[Any, bool]], Any]) -> Any:
+    def _foldable(self, count: int, flat: list[tuple[Any, bool]]) -> int:
+        """Return the length of the batch, that of the first tensor argument, if the members can be joined to it.
+
+        Raises:
+            RouteError: they cannot, as far as that can be seen before the call.
+        """
+        check_norms(self.model.mixing_norm)
+        if self.model.batch_second is not None:
+            raise RouteError(f"{self.model.batch_second!r} has the batch on its second axis")
+        if self.randomness == "same" and self.model._trains:
+            raise RouteError("members that are folded into the batch cannot share the masks of dropout")
+        shapes = [(tuple(leaf.shape[1:] if own else leaf.shape), own) for leaf, own in flat if _is_tensor(leaf)]
+        size: int | None = next((shape[0] for shape, _ in shapes if shape), None)
+        if size is None:
+            raise RouteError("no argument is a tensor with a batch")
+        for shape, own in shapes:
+            # A vector of one entry may stand beside any batch; with one for each member it would be a batch.
+            if own and (shape[:1] != (size,) or (size == 1 and len(shape) == 1)):
+                raise RouteError(f"an argument of each member is {shape}, which is no batch of {size}")
+            if count > 1 and (size * count in shape or (size > 1 and size in shape[1:])):
+                raise RouteError(f"an argument is {shape}: which of its axes is the batch of {size} cannot be told")
+        return size
+
+    def _fold(self, groups: Groups, frozen: Any, stacked: Any, mapped: tuple[list[tuple[Any, bool]], Any]) -> Any:
         """Join the members to the batch: base products run once over all of them."""
-        flat, spec = mapped
-        size = _batch_size(flat)
 
         def join(leaf: Any, *, own: bool) -> Any:
             if own:
-                return leaf.flatten(0, 1) if leaf.dim() > 1 else leaf
-            if _is_tensor(leaf) and leaf.dim() and leaf.shape[0] == size:
-                return leaf.expand(count, *leaf.shape).flatten(0, 1)
+                return leaf.flatten(0, 1)
+            if _is_tensor(leaf) and leaf.dim() and leaf.shape[0] == groups.size:
+                return leaf.expand(groups.count, *leaf.shape).flatten(0, 1)
             return leaf
 
-        if any(own and leaf.dim() < 2 for leaf, own in flat):
-            raise RouteError("an argument has one number for each member, and no batch")
+        flat, spec = mapped
         args, kwargs = pytree.tree_unflatten([join(leaf, own=own) for leaf, own in flat], spec)
-        groups = Groups(count, size)
         weights = grouped_weights(self.adapter, frozen, stacked, groups)
         output, _ = self.model.with_state(weights, self.model.state, *args, **kwargs)
-        return pytree.tree_map(lambda leaf: _part(leaf, groups) if _is_tensor(leaf) else leaf, output)
+        return pytree.tree_map(lambda leaf: _part(leaf, groups), output)
 
 
 def ensemble(
@@ -138,7 +164,8 @@ def ensemble(
     The values are those of `torch.func.vmap(lambda tree: model(adapter.apply(frozen, tree), *args))(stacked)`. The
     fast way folds the members into the batch: every base product runs once, over all of them, and only what belongs to
     the members is batched. It is taken where the model keeps the batch on the leading axis of its activations, as far
-    as can be seen; otherwise `vmap` is.
+    as can be seen; otherwise `vmap` is. What cannot be seen is a model that mixes the samples of its batch (subtracts
+    their mean, say): `how="vmap"` is for it.
 
     Args:
         adapter: the bound adapter.
@@ -147,8 +174,8 @@ def ensemble(
             members; or a tuple of 0 and None for the positional arguments.
         how: `"auto"`, or force `"fold"` or `"vmap"`.
         chunk_size: the most members in one pass: less memory, more passes.
-        randomness: of dropout under `vmap`: `"different"` for each member, `"same"`, or `"error"`; folded members
-            always have masks of their own.
+        randomness: of dropout: `"different"` for each member, `"same"` (in train mode that takes `vmap`), or `"error"`
+            under `vmap`.
 
     Raises:
         OptionError: an unknown option.
@@ -165,6 +192,8 @@ def ensemble(
         raise OptionError(
             f"ensemble takes a bound adapter, not a {type(adapter).__name__}; call pf.bind(method, model)"
         )
+    if model is not None and not isinstance(model, FunctionalModel):
+        raise OptionError(f"ensemble: model is a {type(model).__name__}, and must be a functional one: model.train()")
     check_choice("ensemble", "how", how, ("auto", "fold", "vmap"))
     check_choice("ensemble", "randomness", randomness, ("different", "same", "error"))
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
@@ -174,16 +203,12 @@ def ensemble(
     return Ensemble(adapter, model or adapter.model, in_dims, how, chunk_size, randomness)
 
 
-def _batch_size(flat: list[tuple[Any, bool]]) -> int:
-    """Return the length of the batch: that of the first tensor argument."""
-    for leaf, own in flat:
-        if _is_tensor(leaf) and leaf.dim() > own:
-            return int(leaf.shape[1 if own else 0])
-    raise RouteError("no argument is a tensor with a batch")
-
-
-def _part(leaf: Tensor, groups: Groups) -> Tensor:
-    if leaf.dim() == 0 or leaf.shape[0] != groups.total:
+def _part(leaf: Any, groups: Groups) -> Any:
+    if not _is_tensor(leaf):
+        if isinstance(leaf, int) and leaf == groups.total > 1:
+            raise RouteError(f"the model returns the number {leaf}, the length of the batch of all members")
+        return check_value(leaf)
+    if leaf.dim() == 0 or leaf.shape[0] != groups.total or (groups.count > 1 and groups.total in leaf.shape[1:]):
         raise RouteError(
             f"the model returns a tensor of shape {tuple(leaf.shape)}, which is not one row for each of the "
             f"{groups.total} samples of all members, so it cannot be taken apart"

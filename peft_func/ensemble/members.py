@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_func.errors import TreeError
+from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter, check_tree
 from peft_func.trees.paths import join, leaves
-from peft_func.weights.groups import Grouped, Groups
+from peft_func.weights.groups import Grouped, Groups, column, groups_for
 from peft_func.weights.layout import Layout, Storage
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Dense, Matrix
@@ -42,11 +43,25 @@ def count_members(adapter: Adapter, stacked: Mapping[str, Any]) -> int:
     return count
 
 
+def groups_in(model: FunctionalModel, count: int, size: int) -> Groups:
+    """Return groups of a batch of this model."""
+    # Modules of torch use their own matrices as matrices, but for an embedding's, which a model may read as it is.
+    loose = (
+        tensor
+        for name, tensor in model.params.items()
+        if any(
+            kind is nn.Embedding or not kind.__module__.startswith("torch.nn.") for kind in model.infos[name].modules
+        )
+    )
+    return groups_for(count, size, model.params.values(), (*loose, *model.state.values()))
+
+
 def grouped_weights(
     adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, Any], groups: Groups
 ) -> Weights:
     """Return the effective weights of a stacked tree with one member for each group of the batch."""
     found: dict[str, tuple[Matrix, list[bool]]] = {}
+    dtypes: dict[str, torch.dtype] = {}
     shared: dict[str, list[Tensor]] = {}
     kept: list[Weights] = []
 
@@ -55,7 +70,7 @@ def grouped_weights(
         kept.append(weights)
         for path, value in weights.items():
             if value is not frozen.get(path):
-                matrix = _matrix(value, adapter.model.layouts[path])
+                matrix, dtypes[path] = _matrix(value, adapter.model.layouts[path]), value.dtype
                 found[path] = matrix, [torch._C._functorch.is_batchedtensor(t) for t in matrix.tensors()]
         for path, (matrix, mapped) in found.items():
             shared[path] = [t for t, own in zip(matrix.tensors(), mapped, strict=True) if not own]
@@ -67,15 +82,14 @@ def grouped_weights(
     mapped = torch.func.vmap(trace)(stacked)
     base = kept[0].base
     items: dict[str, Tensor | Operator] = {}
-    for name, own in adapter.model.params.items():
+    for name in adapter.model.params:
         if name not in found:
             items[name] = frozen[name]
             continue
         matrix, is_mapped = found[name]
         rest, common, flags = iter(mapped[name]), iter(shared[name]), iter(is_mapped)
         whole = matrix.map(lambda *_, r=rest, c=common, f=flags: next(r) if next(f) else next(c))
-        dtype = base[name].dtype if name in frozen else own.dtype
-        items[name] = Grouped(whole, groups, adapter.model.layouts[name], dtype, name)
+        items[name] = Grouped(whole, groups, adapter.model.layouts[name], dtypes[name], name)
     return Weights(items, base, adapter.model.layouts)
 
 
@@ -85,4 +99,4 @@ def _matrix(value: Tensor | Operator, layout: Layout) -> Matrix:
         if layout.batch:  # every tensor gets the axis of experts, so that one more axis means a group's own
             matrix = matrix.map(lambda t, ndim: t.expand(*layout.batch, *t.shape) if t.dim() == ndim else t)
         return matrix
-    return Dense(value.unsqueeze(-1) if layout.storage is Storage.VECTOR else layout.to_matrix(value))
+    return Dense(column(value) if layout.storage is Storage.VECTOR else layout.to_matrix(value))

@@ -4,7 +4,7 @@ Mixed batches of low-rank adapters: Punica (arXiv 2310.18547), S-LoRA (arXiv 231
 base products run once over the whole batch, and what belongs to an adapter is gathered for the samples that use it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import groupby
 from math import gcd
 from typing import Any
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from peft_func.ensemble.choice import Choice
-from peft_func.ensemble.members import count_members, grouped_weights
+from peft_func.ensemble.members import count_members, grouped_weights, groups_in
 from peft_func.errors import OptionError
 from peft_func.transforms.bind import Adapter
-from peft_func.trees.paths import map_leaves
-from peft_func.weights.groups import Grouped, Groups
+from peft_func.trees.paths import leaves, map_leaves
+from peft_func.weights.groups import Grouped, column
 from peft_func.weights.mapping import Weights
 
 BASE = -1
@@ -29,6 +29,10 @@ def route(adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, 
 
     The batch is the leading axis of the inputs and of the activations inside the model. Samples of one adapter that
     stand side by side share its factors: sort the batch by adapter where you can.
+
+    Every tensor among the model's arguments whose leading axis is as long as the batch is one row for each sample; all
+    others belong to all samples. Where another axis is as long (a sequence of as many tokens), the call takes
+    `torch.func.vmap`, in which axes do not meet.
 
     Args:
         adapter: the bound adapter.
@@ -42,7 +46,7 @@ def route(adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, 
         the adapters that are used.
 
     Raises:
-        OptionError: the index is no int64 vector, or out of range (checked in eager mode).
+        OptionError: the index is no int64 vector, or out of range (checked on the CPU, in eager mode).
         TreeError: the tree is no stack of this adapter's trees.
 
     Example:
@@ -57,40 +61,41 @@ def route(adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, 
         (True, True)
     """
     count = count_members(adapter, stacked)
-    used, groups, some_base = _read_index(index, count)
-    device = next(iter(frozen.values()), index).device
-    used = used.to(device)
+    used, some_base = _read_index(index, count)
+    groups = groups_in(adapter.model, len(used), len(index) // len(used))
+    used = used.to(next(tensor.device for _, tensor in leaves(stacked)))
     gathered = map_leaves(lambda leaf: leaf.index_select(0, used.clamp_min(0)), stacked)
     weights = grouped_weights(adapter, frozen, gathered, groups)
-    return _or_base(weights, used >= 0) if some_base else weights
+    if not some_base:
+        return weights
+    # A method of the user's may give a constant; the library's own leave the base or change it.
+    foreign = {path for part in adapter.parts if part.part.kind is None for path in part.seen}
+    return _or_base(weights, used >= 0, foreign)
 
 
-def _read_index(index: Tensor, count: int) -> tuple[Tensor, Groups, bool]:
-    """Return the adapter of every group, the groups, and whether a sample may go through the plain base."""
+def _read_index(index: Tensor, count: int) -> tuple[Tensor, bool]:
+    """Return the adapter of every group, and whether a sample may go through the plain base."""
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or index.shape[0] == 0:
         found = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else f"a {type(index).__name__}"
         raise OptionError(f"index is an int64 tensor over the batch, such as torch.tensor([0, 2, -1]); it got {found}")
-    if torch.compiler.is_compiling() or index.device.type != "cpu" or _in_transform():
-        return index, Groups(index.shape[0], 1), True  # its values are not at hand
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or wrapped(index):
+        return index, True  # its values are not at hand
     values = index.tolist()
     odd = next((value for value in values if not BASE <= value < count), None)
     if odd is not None:
         raise OptionError(f"index holds {odd}; there are {count} adapters, 0 to {count - 1}, and -1 is the plain base")
     size = gcd(*(len(list(run)) for _, run in groupby(values)))
-    return index[::size], Groups(len(values) // size, size), BASE in values
+    return index[::size], BASE in values
 
 
-def _in_transform() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _or_base(weights: Weights, chosen: Tensor) -> Weights:
+def _or_base(weights: Weights, chosen: Tensor, foreign: Collection[str]) -> Weights:
     """Put the base weight where a group has chosen no adapter; `chosen` is a bool for each group."""
     items = dict(weights)
     for path, value in weights.items():
         if isinstance(value, Grouped):
             layout, base = weights.layouts[path], weights.base[path].to(value.dtype)
-            column = base.unsqueeze(-1) if value.is_vector else layout.to_matrix(base)
-            experts = 0 if value.is_vector else len(layout.batch)
-            items[path] = value.replace(Choice(column, chosen, experts).effective(value.matrix))
+            single = column(base) if value.is_vector else layout.to_matrix(base)
+            choice = Choice(single, chosen, 0 if value.is_vector else len(layout.batch), path not in foreign)
+            items[path] = value.replace(choice.effective(value.matrix))
     return Weights(items, weights.base, weights.layouts)

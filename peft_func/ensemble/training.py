@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_func.ensemble.ensemble import Ensemble, ensemble
 from peft_func.ensemble.members import count_members
-from peft_func.errors import TreeError
+from peft_func.errors import OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter
 from peft_func.trees.paths import Tree, from_leaves, join, leaves, map_leaves
@@ -50,7 +50,8 @@ def member_grads(
         that of its own loss alone.
 
     Raises:
-        TreeError: the loss is no scalar for each member.
+        OptionError: an unknown option.
+        TreeError: the loss is no scalar for each member, or inputs or targets are no tuples, or not of the members.
 
     Example:
         >>> import torch, peft_func as pf
@@ -62,12 +63,15 @@ def member_grads(
         >>> losses.shape, grads["lora"]["weight"]["B"].shape
         (torch.Size([5]), torch.Size([5, 3, 2]))
     """
-    run = ensemble(adapter, model=model, in_dims=in_dims, how=how, randomness=randomness)
+    if isinstance(in_dims, tuple):
+        raise OptionError(f"member_grads: in_dims={in_dims!r}; it is 0 or None, for all inputs and targets")
+    run = ensemble(adapter, model=model, in_dims=in_dims, how=how, chunk_size=chunk_size, randomness=randomness)
 
     def grads_of(
         frozen: Mapping[str, Tensor], stacked: Mapping[str, Any], inputs: Any, targets: tuple[Any, ...] = ()
     ) -> tuple[Tree, Tensor]:
         count = count_members(adapter, stacked)
+        _check_data(inputs, targets, None if in_dims is None else count)
         size = count if chunk_size is None else chunk_size
         grads, losses = [], []
         for start in range(0, count, size):
@@ -89,8 +93,9 @@ def _grads(
 ) -> tuple[Tree, Tensor]:
     def total(tree: Any) -> tuple[Tensor, Tensor]:
         output = run(frozen, tree, **inputs) if isinstance(inputs, Mapping) else run(frozen, tree, *inputs)
-        axes = (0, *(run.in_dims for _ in targets))
-        losses = torch.func.vmap(loss, in_dims=axes, randomness=run.randomness)(output, *targets)
+        own = targets if run.in_dims == 0 else ()
+        axes = [_axes(value) for value in (output, *own)] + [None] * (len(targets) - len(own))
+        losses = torch.func.vmap(loss, in_dims=tuple(axes), randomness=run.randomness)(output, *targets)
         if losses.dim() != 1:
             raise TreeError(f"the loss of a member is a scalar; this one is {tuple(losses.shape[1:])}")
         # Members do not meet, so the gradient of the sum holds each one's own.
@@ -103,6 +108,8 @@ def _grads(
     with torch.enable_grad():
         value, losses = total(own)
     flat = dict(leaves(own))
+    if not value.requires_grad:  # nothing of the tree is used
+        return map_leaves(torch.zeros_like, stacked), losses
     found = torch.autograd.grad(value, list(flat.values()), materialize_grads=True)
     return from_leaves(zip(flat, found, strict=True)), losses
 
@@ -122,7 +129,7 @@ def clip_members(grads: Mapping[str, Any], max_norm: float | Tensor) -> tuple[Tr
         >>> pf.clip_members({"a": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}, 1.0)[1]
         tensor([5.0000, 0.5000])
     """
-    squares = [torch.linalg.vector_norm(leaf.flatten(1), dim=1) for _, leaf in leaves(grads)]
+    squares = [torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for _, leaf in leaves(grads)]
     if not squares:
         raise TreeError("clip_members needs a stacked tree with leaves")
     norms = torch.linalg.vector_norm(torch.stack(squares), dim=0)
@@ -165,6 +172,24 @@ def hold_members(new: Mapping[str, Any], old: Mapping[str, Any], active: Tensor)
     if active.dtype != torch.bool:
         raise TreeError(f"active is a bool for each member; it is {active.dtype}")
     return map_leaves(lambda now, before: torch.where(_beside(active, now), now, before), new, old)
+
+
+def _axes(value: Any) -> Any:
+    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, value)
+
+
+def _check_data(inputs: Any, targets: Any, count: int | None) -> None:
+    """Check that inputs and targets are what holds the arguments, and, if there is a count, have members in front."""
+    if not isinstance(inputs, tuple | list | Mapping) or not isinstance(targets, tuple | list):
+        raise TreeError(
+            "inputs is a tuple of the model's arguments (or a dict), targets one of what the loss takes besides: "
+            f"f(frozen, stacked, (x,), (y,)); they are a {type(inputs).__name__} and a {type(targets).__name__}"
+        )
+    for leaf in pytree.tree_leaves((inputs, targets)):
+        if count is not None and isinstance(leaf, Tensor) and leaf.shape[:1] != (count,):
+            raise TreeError(
+                f"with in_dims=0 inputs and targets have {count} members in front; one is {list(leaf.shape)}"
+            )
 
 
 def _members(stacked: Mapping[str, Any], which: slice) -> Tree:
