@@ -12,7 +12,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_example_runs_and_learns(capsys):
-    (example,) = blocks("python")
+    example, *more = blocks("python")
     names: dict[str, object] = {}
     exec(example, names)
     printed = capsys.readouterr().out
@@ -21,6 +21,10 @@ def test_the_example_runs_and_learns(capsys):
     start = names["adapter"].init(0)[1]
     assert names["loss"](names["best"]) < names["loss"](start)
     assert len([line for line in example.splitlines() if line.strip()]) <= 20
+    for block in more:
+        exec(block, names)
+    assert names["logits"].shape == (8, 16, 4)
+    assert names["mixed"].shape == (16, 4)
 
 
 def test_ci_runs_the_readme_commands():

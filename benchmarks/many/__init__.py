@@ -1,0 +1,1 @@
+"""Many adapters at once: routing, training side by side, banks, loading, attention under vmap."""
