@@ -1,7 +1,7 @@
 """K adapters over one input, or each over its own, in one pass."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from peft_func.ensemble.members import count_members, grouped_weights, groups_in
 from peft_func.errors import OptionError, RouteError, TreeError
-from peft_func.functional.grouped import check_norms, check_value, vmapped
+from peft_func.functional.grouped import check_value, vmapped
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter
 from peft_func.transforms.options import check_choice
 from peft_func.trees.paths import map_leaves
-from peft_func.weights.groups import Groups
+from peft_func.weights.groups import Groups, spare_groups
 
 InDims = int | tuple[int | None, ...] | None
 """Which positional arguments have a leading axis over the members: none, all (0), or 0 or None for each."""
@@ -89,19 +89,16 @@ class Ensemble:
 
     def _run(self, count: int, frozen: Any, stacked: Any, mapped: tuple[list[tuple[Any, bool]], Any]) -> Any:
         flat, spec = mapped
-        if self.how != "vmap":
+        reason = self._against_folding(flat)
+        if self.how == "fold" and reason is not None:
+            raise RouteError(reason)
+        if self.how != "vmap" and reason is None:
             try:
-                size = self._foldable(count, flat)
-            except RouteError:
-                if self.how == "fold":
+                return self._fold(count, frozen, stacked, mapped)
+            except RuntimeError as error:  # RouteError is one
+                expected = isinstance(error, RouteError) or _unclear(flat)
+                if self.how == "fold" or not expected or torch.compiler.is_compiling():
                     raise
-                size = None
-            if size is not None:
-                try:
-                    return self._fold(groups_in(self.model, count, size), frozen, stacked, mapped)
-                except RouteError:
-                    if self.how == "fold" or torch.compiler.is_compiling():
-                        raise
 
         def one(tree: Any, *leaves: Any) -> Any:
             args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -110,44 +107,52 @@ class Ensemble:
         in_dims = (0, *(0 if own else None for _, own in flat))
         return vmapped(one, in_dims, randomness=self.randomness)(stacked, *(leaf for leaf, _ in flat))
 
-    def _foldable(self, count: int, flat: list[tuple[Any, bool]]) -> int:
-        """Return the length of the batch, that of the first tensor argument, if the members can be joined to it.
-
-        Raises:
-            RouteError: they cannot, as far as that can be seen before the call.
-        """
-        check_norms(self.model.mixing_norm)
+    def _against_folding(self, flat: list[tuple[Any, bool]]) -> str | None:
+        """Say why the members cannot be joined to the batch, as far as that can be seen before the call."""
+        if self.model.mixing_norm is not None:
+            return f"{self.model.mixing_norm!r} normalises over the batch, which would be that of all members"
         if self.model.batch_second is not None:
-            raise RouteError(f"{self.model.batch_second!r} has the batch on its second axis")
+            return f"{self.model.batch_second!r} has the batch on its second axis"
         if self.randomness == "same" and self.model._trains:
-            raise RouteError("members that are folded into the batch cannot share the masks of dropout")
-        shapes = [(tuple(leaf.shape[1:] if own else leaf.shape), own) for leaf, own in flat if _is_tensor(leaf)]
-        size: int | None = next((shape[0] for shape, _ in shapes if shape), None)
+            return "members that are folded into the batch cannot share the masks of dropout"
+        size = _batch_size(flat)
         if size is None:
-            raise RouteError("no argument is a tensor with a batch")
-        for shape, own in shapes:
+            return "no argument is a tensor with a batch"
+        for leaf, own in flat:
             # A vector of one entry may stand beside any batch; with one for each member it would be a batch.
-            if own and (shape[:1] != (size,) or (size == 1 and len(shape) == 1)):
-                raise RouteError(f"an argument of each member is {shape}, which is no batch of {size}")
-            if count > 1 and (size * count in shape or (size > 1 and size in shape[1:])):
-                raise RouteError(f"an argument is {shape}: which of its axes is the batch of {size} cannot be told")
-        return size
+            if own and (leaf.shape[1:2] != (size,) or (size == 1 and leaf.dim() == 2)):
+                return f"an argument of each member is {tuple(leaf.shape[1:])}, which is no batch of {size}"
+        return None
 
-    def _fold(self, groups: Groups, frozen: Any, stacked: Any, mapped: tuple[list[tuple[Any, bool]], Any]) -> Any:
-        """Join the members to the batch: base products run once over all of them."""
+    def _fold(self, count: int, frozen: Any, stacked: Any, mapped: tuple[list[tuple[Any, bool]], Any]) -> Any:
+        """Join the members to the batch: base products run once over all of them.
+
+        If anything is as long as the whole batch by chance, more members, which are dropped again, tell them apart.
+        """
+        flat, spec = mapped
+        size = _batch_size(flat) or 0
+        shapes = [tuple(leaf.shape[1:] if own else leaf.shape) for leaf, own in flat if _is_tensor(leaf)]
+        lengths = {length for shape in shapes for length in (shape[1:] if shape[:1] == (size,) else shape)}
+        groups = groups_in(self.model, count, size)
+        lengths.update(length for shape in groups.weights | groups.tables for length in shape)
+        spare = spare_groups(count, size, lengths)
+        groups = replace(groups, count=count + spare)
+
+        def longer(leaf: Tensor) -> Tensor:
+            return torch.cat([leaf, leaf[:1].expand(spare, *leaf.shape[1:])]) if spare else leaf
 
         def join(leaf: Any, *, own: bool) -> Any:
             if own:
-                return leaf.flatten(0, 1)
-            if _is_tensor(leaf) and leaf.dim() and leaf.shape[0] == groups.size:
+                return longer(leaf).flatten(0, 1)
+            if _is_tensor(leaf) and leaf.dim() and leaf.shape[0] == size:
                 return leaf.expand(groups.count, *leaf.shape).flatten(0, 1)
             return leaf
 
-        flat, spec = mapped
         args, kwargs = pytree.tree_unflatten([join(leaf, own=own) for leaf, own in flat], spec)
-        weights = grouped_weights(self.adapter, frozen, stacked, groups)
+        weights = grouped_weights(self.adapter, frozen, map_leaves(longer, stacked), groups)
         output, _ = self.model.with_state(weights, self.model.state, *args, **kwargs)
-        return pytree.tree_map(lambda leaf: _part(leaf, groups), output)
+        parts = pytree.tree_map(lambda leaf: _part(leaf, groups), output)
+        return pytree.tree_map(lambda leaf: leaf[:count] if _is_tensor(leaf) else leaf, parts) if spare else parts
 
 
 def ensemble(
@@ -201,6 +206,17 @@ def ensemble(
     if any(dim not in (0, None) for dim in (in_dims if isinstance(in_dims, tuple) else (in_dims,))):
         raise OptionError(f"ensemble: in_dims={in_dims!r}; the members lie on the leading axis: 0, or None")
     return Ensemble(adapter, model or adapter.model, in_dims, how, chunk_size, randomness)
+
+
+def _batch_size(flat: list[tuple[Any, bool]]) -> int | None:
+    """Return the length of the batch: that of the first tensor argument."""
+    return next((int(leaf.shape[own]) for leaf, own in flat if _is_tensor(leaf) and leaf.dim() > own), None)
+
+
+def _unclear(flat: list[tuple[Any, bool]]) -> bool:
+    """Whether an argument may have been taken for a batch because it is as long (a mask over positions)."""
+    size = _batch_size(flat)
+    return any(not own and _is_tensor(leaf) and size in leaf.shape[1:] for leaf, own in flat)
 
 
 def _part(leaf: Any, groups: Groups) -> Any:

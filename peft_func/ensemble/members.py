@@ -14,7 +14,7 @@ from peft_func.errors import TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter, check_tree
 from peft_func.trees.paths import join, leaves
-from peft_func.weights.groups import Grouped, Groups, column, groups_for
+from peft_func.weights.groups import Grouped, Groups, column
 from peft_func.weights.layout import Layout, Storage
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Dense, Matrix
@@ -46,14 +46,18 @@ def count_members(adapter: Adapter, stacked: Mapping[str, Any]) -> int:
 def groups_in(model: FunctionalModel, count: int, size: int) -> Groups:
     """Return groups of a batch of this model."""
     # Modules of torch use their own matrices as matrices, but for an embedding's, which a model may read as it is.
-    loose = (
+    loose = [
         tensor
         for name, tensor in model.params.items()
         if any(
             kind is nn.Embedding or not kind.__module__.startswith("torch.nn.") for kind in model.infos[name].modules
         )
-    )
-    return groups_for(count, size, model.params.values(), (*loose, *model.state.values()))
+    ]
+    shapes = [
+        frozenset(tuple(tensor.shape) for tensor in tensors if tensor.dim())
+        for tensors in (model.params.values(), (*loose, *model.state.values()))
+    ]
+    return Groups(count, size, *shapes)
 
 
 def grouped_weights(

@@ -78,7 +78,7 @@ def member_grads(
             part = _members(stacked, slice(start, start + size))
             own = (inputs, targets)
             if in_dims == 0:
-                own = pytree.tree_map_only(Tensor, lambda leaf, s=start: leaf[s : s + size], own)
+                own = _taken(own, slice(start, start + size))
             some, values = _grads(run, loss, frozen, part, *own)
             grads.append(some)
             losses.append(values)
@@ -172,6 +172,10 @@ def hold_members(new: Mapping[str, Any], old: Mapping[str, Any], active: Tensor)
     if active.dtype != torch.bool:
         raise TreeError(f"active is a bool for each member; it is {active.dtype}")
     return map_leaves(lambda now, before: torch.where(_beside(active, now), now, before), new, old)
+
+
+def _taken(values: Any, which: slice) -> Any:
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf[which], values)
 
 
 def _axes(value: Any) -> Any:

@@ -1,21 +1,30 @@
 """Calls with weights that differ along the batch.
 
 They take one pass where the functions that the model uses have rules for them, and otherwise `torch.func.vmap` over the
-groups, which is slower and always right.
+groups, which is slower and always right. Where torch has no batching rule (recurrent cells) it becomes a loop.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from peft_func.errors import RouteError
-from peft_func.weights.groups import Grouped, Groups
+from peft_func.weights.groups import Grouped, Groups, spare_groups
 from peft_func.weights.operator import Operator
 
+if TYPE_CHECKING:
+    from peft_func.functional.model import FunctionalModel
+
 _MAPPED = object()
+_VALUES = (
+    type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size, type, FunctionType,
+)  # fmt: skip
 
 
 def mixing_norm(root: nn.Module) -> str | None:
@@ -38,21 +47,111 @@ def batch_second(root: nn.Module) -> str | None:
     return None
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a `vmap` around this call maps a tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def groups_among(weights: Mapping[str, Tensor | Operator]) -> Groups | None:
     """Return the groups that these weights are for, if they differ along the batch at all."""
     return next((value.groups for value in weights.values() if isinstance(value, Grouped)), None)
 
 
+def call_routed(
+    model: "FunctionalModel", weights: Mapping[str, Tensor | Operator], groups: Groups, args: Any, kwargs: Any
+) -> Any:
+    """Call a model with weights that differ along the batch, in one pass if that can be right.
+
+    Raises:
+        RouteError: no argument has a row for each sample, or the model mixes samples.
+    """
+    check_norms(model.mixing_norm)
+    shapes = _shapes((args, kwargs))
+    if all(shape[0] != groups.total for shape in shapes):
+        raise _no_batch(groups, shapes)
+    if model.batch_second is None and not spare_groups(groups.count, groups.size, _others(shapes, groups)):
+        try:
+            return model.with_state(weights, model.state, *args, **kwargs)[0]
+        except RouteError:
+            if torch.compiler.is_compiling():
+                raise
+    return call_by_group(model, weights, groups, args, kwargs)
+
+
+def _shapes(values: Any) -> list[tuple[int, ...]]:
+    leaves = pytree.tree_leaves(values)
+    return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+
+
+def _others(shapes: Iterable[tuple[int, ...]], groups: Groups) -> set[int]:
+    """Return the lengths of the axes of arguments that are not the batch, and of the model's tables."""
+    inner = {length for shape in shapes for length in (shape[1:] if shape[0] == groups.total else shape)}
+    return inner | {shape[0] for shape in groups.tables}
+
+
+def _no_batch(groups: Groups, shapes: Iterable[tuple[int, ...]]) -> RouteError:
+    found = ", ".join(map(str, shapes))
+    return RouteError(
+        f"the weights are for a batch of {groups.total} samples; no argument has as many rows: {found or 'no tensors'}"
+    )
+
+
 def call_by_group(
     call: Callable[..., Any], weights: Mapping[str, Tensor | Operator], groups: Groups, args: Any, kwargs: Any
 ) -> Any:
-    """Call `call(weights, *args, **kwargs)` for every group, through vmap, and join the outputs to one batch.
+    """Call `call(weights, *args, **kwargs)` where one pass over the batch as it is cannot be right.
 
-    Tensors among the arguments whose leading axis is as long as the batch are taken apart; all others are shared.
+    If an axis is as long as the batch by chance, a batch of some more groups, which are dropped again, tells them
+    apart. Otherwise the call is mapped over the groups, through vmap, and the outputs are joined to one batch. Tensors
+    among the arguments whose leading axis is as long as the batch are taken apart; all others are shared.
 
     Raises:
-        RouteError: the output of a group has not the group's samples on its leading axis.
+        RouteError: no argument has the batch, or the output of a group has not its samples on its leading axis.
     """
+    shapes = _shapes((args, kwargs))
+    if all(shape[0] != groups.total for shape in shapes):
+        raise _no_batch(groups, shapes)
+    lengths = _others(shapes, groups) | {shape[0] for shape in groups.weights}
+    spare = spare_groups(groups.count, groups.size, lengths)
+    if spare:
+        try:
+            return _call_longer(call, weights, groups, spare, args, kwargs)
+        except RouteError:
+            pass
+    return _call_mapped(call, weights, groups, args, kwargs)
+
+
+def _call_longer(
+    call: Callable[..., Any], weights: Mapping[str, Any], groups: Groups, spare: int, args: Any, kwargs: Any
+) -> Any:
+    """Call with some more groups, all like the first."""
+    longer = replace(groups, count=groups.count + spare)
+
+    def pad(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.shape[:1] != (groups.total,):
+            return leaf
+        return torch.cat([leaf, *[leaf[: groups.size]] * spare])
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return check_value(leaf)
+        if leaf.shape[:1] != (longer.total,):
+            raise RouteError(f"the model returns {tuple(leaf.shape)}, which is not one row for each sample")
+        return leaf[: groups.total]
+
+    items = {name: op.lengthened(longer) if isinstance(op, Grouped) else op for name, op in weights.items()}
+    args, kwargs = pytree.tree_map(pad, (args, kwargs))
+    return pytree.tree_map(cut, call(items, *args, **kwargs))
+
+
+def _call_mapped(
+    call: Callable[..., Any], weights: Mapping[str, Tensor | Operator], groups: Groups, args: Any, kwargs: Any
+) -> Any:
     apart = {name: value.take_apart() for name, value in weights.items() if isinstance(value, Grouped)}
     axes = [axis for _, some, _ in apart.values() for axis in some]
     every = [tensor for tensors, _, _ in apart.values() for tensor in tensors]
@@ -92,23 +191,58 @@ def _join(leaf: Tensor, groups: Groups) -> Tensor:
 def vmapped(
     function: Callable[..., Any], in_dims: Any, *, randomness: str = "different", chunk_size: int | None = None
 ) -> Callable[..., Any]:
-    """Return `torch.func.vmap` of a function that may return things other than tensors; those come from one call."""
+    """Return `torch.func.vmap` of a function that may return things other than tensors; those come from one call.
+
+    `in_dims` has an entry for each argument: 0 or None for all its tensors, or a list for a list of tensors.
+    """
 
     def mapped(*args: Any) -> Any:
         kept: list[tuple[list[Any], Any]] = []
 
         def tensors_of(*inner: Any) -> list[Tensor]:
             flat, spec = pytree.tree_flatten(function(*inner))
-            kept.append(([_MAPPED if isinstance(leaf, Tensor) else leaf for leaf in flat], spec))
+            kept.append(([_MAPPED if isinstance(leaf, Tensor) else check_value(leaf) for leaf in flat], spec))
             return [leaf for leaf in flat if isinstance(leaf, Tensor)]
 
-        outputs = iter(
-            torch.func.vmap(tensors_of, in_dims=in_dims, randomness=randomness, chunk_size=chunk_size)(*args)
-        )
-        others, spec = kept[0]
-        return pytree.tree_unflatten([next(outputs) if leaf is _MAPPED else leaf for leaf in others], spec)
+        try:
+            outputs = torch.func.vmap(tensors_of, in_dims=in_dims, randomness=randomness, chunk_size=chunk_size)(*args)
+        except RuntimeError as error:
+            if "Batching rule not implemented" not in str(error) or torch.compiler.is_compiling():
+                raise
+            outputs = [torch.stack(parts) for parts in zip(*_looped(tensors_of, in_dims, args), strict=True)]
+        rest = iter(outputs)
+        others, spec = kept[-1]
+        return pytree.tree_unflatten([next(rest) if leaf is _MAPPED else leaf for leaf in others], spec)
 
     return mapped
+
+
+def _looped(function: Callable[..., list[Tensor]], in_dims: Any, args: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Do what vmap does, one call after the other."""
+    dims = [
+        dim if isinstance(dim, list) else [dim] * len(pytree.tree_leaves(arg))
+        for dim, arg in zip(in_dims, args, strict=True)
+    ]
+    flat, spec = pytree.tree_flatten(tuple(args))
+    axes = [axis for some in dims for axis in some]
+    count = next(len(leaf) for leaf, axis in zip(flat, axes, strict=True) if axis == 0)
+    for i in range(count):
+        own = [leaf[i] if axis == 0 else leaf for leaf, axis in zip(flat, axes, strict=True)]
+        yield function(*pytree.tree_unflatten(own, spec))
+
+
+def check_value(leaf: Any) -> Any:
+    """Return what a model gave back besides tensors, if it can be the same for all members.
+
+    Raises:
+        RouteError: it is an object that may hold tensors, which nobody would take apart.
+    """
+    if isinstance(leaf, _VALUES):
+        return leaf
+    raise RouteError(
+        f"the model returns a {type(leaf).__name__}, whose tensors cannot be taken apart by adapter; let it return "
+        "tensors, tuples, lists or dicts (transformers: use_cache=False), or register the class as a pytree"
+    )
 
 
 def check_norms(path: str | None) -> None:

@@ -8,14 +8,15 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from peft_func.errors import NameMismatchError, OptionError, RouteError, TreeError
-from peft_func.functional.attention import composed_attention
-from peft_func.functional.grouped import batch_second, call_by_group, check_norms, groups_among, mixing_norm
+from peft_func.errors import NameMismatchError, OptionError, TreeError
+from peft_func.functional.attention import attention_in_transforms
+from peft_func.functional.grouped import batch_second, call_routed, groups_among, is_mapped, mixing_norm
 from peft_func.functional.refuse import check_module
 from peft_func.functional.skeleton import Skeleton, structural_copy
 from peft_func.trees.select import Info, nearest
 from peft_func.weights.carrier import Carrier, carry
 from peft_func.weights.layout import Layout, layout_of
+from peft_func.weights.matrix import Dense
 from peft_func.weights.operator import Operator
 
 
@@ -85,6 +86,8 @@ class FunctionalModel:
             )
         ]
 
+        self._padded = [name for name in params if name not in self._renormed and self._pads(name)]
+
     def __call__(self, weights: Mapping[str, Tensor | Operator], *args: Any, **kwargs: Any) -> Any:
         """Call the module with these weights; its buffers are read from `state`, and what it writes to them is dropped.
 
@@ -100,14 +103,7 @@ class FunctionalModel:
         groups = groups_among(weights)
         if groups is None:
             return self.with_state(weights, self.state, *args, **kwargs)[0]
-        check_norms(self.mixing_norm)
-        if self.batch_second is None:
-            try:
-                return self.with_state(weights, self.state, *args, **kwargs)[0]
-            except RouteError:
-                if torch.compiler.is_compiling():
-                    raise
-        return call_by_group(self, weights, groups, args, kwargs)
+        return call_routed(self, weights, groups, args, kwargs)
 
     def with_state(
         self, weights: Mapping[str, Tensor | Operator], state: Mapping[str, Tensor], *args: Any, **kwargs: Any
@@ -149,7 +145,7 @@ class FunctionalModel:
             # a later one cannot take.
             for path in self._encoders:
                 vars(clone.get_submodule(path))["use_nested_tensor"] = False
-        with composed_attention():
+        with attention_in_transforms():
             call = clone if self._entry == "forward" else getattr(clone, self._entry)
             output = call(*args, **kwargs)
         return _without_carriers(output), dict(clone.named_buffers())
@@ -223,6 +219,10 @@ class FunctionalModel:
     def _owner(self, name: str) -> nn.Module:
         return self._skeleton.root.get_submodule(name.rpartition(".")[0])
 
+    def _pads(self, name: str) -> bool:
+        owner = self._owner(name)
+        return isinstance(owner, nn.Embedding) and owner.padding_idx is not None and not owner.scale_grad_by_freq
+
     def _info(self, name: str) -> Info:
         aliases = tuple(alias for alias, target in self.ties.items() if target == name)
         owners = dict.fromkeys(type(self._owner(path)) for path in (name, *aliases))
@@ -248,6 +248,11 @@ class FunctionalModel:
                 bound[name] = weight
         for name in self._renormed:
             bound[name] = bound[name].clone()  # Embedding(max_norm=...) scales rows of its weight in place
+        for name in self._padded:
+            if not isinstance(bound[name], Carrier) and is_mapped(bound[name]):
+                # Under vmap, torch's own lookup gives the row of the padding a gradient; the rule for operators doesn't.
+                layout, dtype = self.layouts[name], bound[name].dtype
+                bound[name] = carry(Operator(Dense(layout.to_matrix(bound[name])), layout, dtype, name))
         return bound
 
     def __repr__(self) -> str:

@@ -75,6 +75,13 @@ _attend = _rebuilt(
 @implements(F.multi_head_attention_forward)
 @implements(F.multi_head_attention_forward, rules=GROUP_RULES)
 def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, GroupedCarrier)]
+    if given and given[0].op.groups.count > 1:
+        query, total = args[0] if args else kwargs["query"], given[0].op.groups.total
+        if query.dim() != 3 or query.shape[1] != total:  # windows, or axes of an image, were joined to the batch
+            raise RouteError(
+                f"attention meets {tuple(query.shape)} in a batch of {total}, which is not its second axis"
+            )
     return _attend(*map(_project, args), **{name: _project(value) for name, value in kwargs.items()})
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_func.errors import RouteError
-from peft_func.weights.carrier import GROUP_RULES, Carrier, GroupedCarrier, Rule, carry, getter, implements
+from peft_func.weights.carrier import GROUP_RULES, RULES, Carrier, GroupedCarrier, Rule, carry, getter, implements
 from peft_func.weights.groups import Grouped, Groups
 from peft_func.weights.layout import Layout, Storage
 from peft_func.weights.matrix import Dense
@@ -33,6 +33,8 @@ def product(x: Tensor, weight: Any, groups: Groups, what: str, *, flattened: boo
     if not isinstance(weight, GroupedCarrier):
         return F.linear(x, weight)
     parts = groups.split(x, what, flattened=flattened)
+    if x.dim() < 2:
+        raise RouteError(f"{what} meets a single vector of {tuple(x.shape)} in a batch of {groups.total}")
     y = stored(weight).linear(parts.flatten(1, -2))
     return y.reshape(-1, *parts.shape[2:-1], y.shape[-1])
 
@@ -51,7 +53,9 @@ def pointwise(function: Callable[..., Tensor], x: Tensor, weight: GroupedCarrier
 def _add(y: Tensor, bias: Any, *, flattened: bool = False) -> Tensor:
     if bias is None:
         return y
-    return pointwise(torch.add, y, bias, flattened=flattened) if isinstance(bias, GroupedCarrier) else y + bias
+    if isinstance(bias, GroupedCarrier):
+        return pointwise(torch.add, y, bias, flattened=flattened).to(y.dtype)  # autocast casts a bias to its product
+    return torch.add(y, bias)
 
 
 @implements(F.linear, rules=GROUP_RULES)
@@ -115,9 +119,13 @@ def _pointwise_rule(function: Callable[..., Tensor]) -> Rule:
             return NotImplemented
         if len(tensors) == 1:  # with a number: a parameter of another value
             return _each(function)(input, other)
-        if isinstance(other, GroupedCarrier):
-            return pointwise(function, input, other)
-        return pointwise(lambda x, own: function(own, x), other, input)
+        carrier, x = (other, input) if isinstance(other, GroupedCarrier) else (input, other)
+        groups = carrier.op.groups
+        if groups.count > 1 and tuple(x.shape) in groups.weights:
+            raise RouteError(f"{carrier.op.path!r} meets {tuple(x.shape)}, which may be a weight and no activation")
+        if carrier is other:
+            return pointwise(function, x, carrier)
+        return pointwise(lambda x, own: function(own, x), x, carrier)
 
     return rule
 
@@ -131,7 +139,8 @@ def _each(function: Callable[..., Tensor]) -> Rule:
             return NotImplemented
         values = function(*(value.op.each() if value is carrier else value for value in args), **kwargs)
         op = carrier.op
-        return carry(Grouped(Dense(values.unsqueeze(-1)), op.groups, op.layout, values.dtype, op.path))
+        matrix = Dense(values.reshape(op.groups.count, -1, 1))
+        return carry(Grouped(matrix, op.groups, op.layout, values.dtype, op.path))
 
     return rule
 
@@ -158,20 +167,40 @@ def to(input: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-@implements(Tensor.expand, Tensor.repeat, rules=GROUP_RULES)
+@implements(Tensor.expand, rules=GROUP_RULES)
 def expand(input: GroupedCarrier, *sizes: Any) -> Any:
     """A parameter made as long as the batch (a class token) becomes the activation that it is meant to be."""
+    own = input.op.layout.shape
+    return _lengthen(input, sizes, [{-1, size} for size in own[1:]])
+
+
+@implements(Tensor.repeat, rules=GROUP_RULES)
+def repeat(input: GroupedCarrier, *sizes: Any) -> Any:
+    return _lengthen(input, sizes, [{1}] * (input.dim() - 1))
+
+
+def _lengthen(input: GroupedCarrier, sizes: Any, inner: list[set[int]]) -> Any:
+    """Give the batch every group's own value, if the first axis gets as long as the batch and no other changes."""
     wanted = list(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else list(sizes)
     groups, own = input.op.groups, input.op.layout.shape
-    if len(wanted) != len(own) or own[0] != 1 or wanted[0] != groups.total:
+    if len(wanted) != len(own) or own[:1] != (1,) or wanted[0] != groups.total:
         return NotImplemented
-    if any(size not in (-1, 1) and size != there for size, there in zip(wanted[1:], own[1:], strict=True)):
+    if not all(size in allowed for size, allowed in zip(wanted[1:], inner, strict=True)):
         return NotImplemented
     return input.op.each().expand(groups.count, groups.size, *own[1:]).flatten(0, 1)
 
 
+def _with_rule(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function whose arguments may be carriers of single weights."""
+    # torch.compile, which is inside a `__torch_function__` here, would not dispatch on them once more.
+    rule = RULES.get(function)
+    result = NotImplemented if rule is None else rule(*args, **kwargs)
+    return function(*args, **kwargs) if result is NotImplemented else result
+
+
 def by_group(function: Callable[..., Tensor]) -> Rule:
     """Make the rule that maps a function over the groups; its first argument is the activation."""
+    name = getattr(function, "__name__", "this")
 
     def rule(input: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, Carrier):
@@ -184,17 +213,28 @@ def by_group(function: Callable[..., Tensor]) -> Rule:
             rest, own = list(tensors), dict(given)
             for key, (mine, _, build) in apart.items():
                 value = build(rest[: len(mine)])
+                if function is F.embedding and isinstance(value, Tensor):
+                    # Under vmap, torch's own lookup gives the row of the padding a gradient; our rule does not.
+                    op = given[key].op
+                    value = Operator(Dense(value), op.layout, op.dtype, op.path)
                 own[key] = carry(value) if isinstance(value, Operator) else value
                 del rest[: len(mine)]
-            return function(x, *(own[i] for i in range(len(args))), **{name: own[name] for name in kwargs})
+            y: Tensor = _with_rule(function, x, *(own[i] for i in range(len(args))), **{n: own[n] for n in kwargs})
+            return y
 
         axes = [axis for _, some, _ in apart.values() for axis in some]
         every = [tensor for some, _, _ in apart.values() for tensor in some]
-        parts = groups.split(input, getattr(function, "__name__", "this"))
+        if function is F.embedding and input.dim() < 2 and groups.count > 1:
+            raise RouteError("embedding looks up one axis of numbers, which may be positions; give ids a second axis")
+        inner = input.shape[1:] if function is F.embedding else None if function in _NORMS else ()
+        parts = groups.split(input, name, inner=inner)
         return torch.func.vmap(one, in_dims=(0, *axes), randomness="different")(parts, *every).flatten(0, 1)
 
     return rule
 
+
+# Their activations may lie anyhow; convolutions, group_norm and batch_norm know the batch as their leading axis.
+_NORMS = (F.layer_norm, F.rms_norm)
 
 for _function in (
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
