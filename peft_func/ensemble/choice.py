@@ -1,11 +1,13 @@
 """A matrix for the groups that have chosen an adapter, and the base weight for all others."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Matrix, Product, Sum
+from peft_func.weights.sampled import Sampled
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,16 @@ class Choice:
         match matrix:
             case Dense(tensor=tensor) if tensor is self.base or (self.only_base and tensor.dim() == 2 + self.experts):
                 return matrix  # the base weight itself, which all groups share
+            case Sum(left=left, right=Sampled() as right):
+                return Sum(self.effective(left), self._drawn(right, Choice._zero))
             case Sum(left=left, right=right) if right.is_structured and not left.is_structured:
                 return Sum(self.effective(left), self._zero(right))
             case Product(left=left, right=right) if left.is_structured and not right.is_structured:
                 return Product(self._identity(left), self.effective(right))
             case Product(left=left, right=right) if right.is_structured and not left.is_structured:
                 return Product(self.effective(left), self._identity(right))
+            case Sampled():
+                return self._drawn(matrix, Choice.effective)
             case _:
                 return self._formed(matrix, self.base)
 
@@ -65,9 +71,18 @@ class Choice:
             case _:
                 return self._formed(matrix, torch.eye(matrix.shape[-1], dtype=matrix.compute_dtype))
 
+    def _drawn(self, matrix: Sampled, choose: Callable[["Choice", Matrix], Matrix]) -> Matrix:
+        """Choose each time that it is drawn; which groups have chosen goes with its tensors, to be taken apart too."""
+
+        def draw(base: Matrix, parts: Sequence[Tensor], random: bool) -> Matrix:
+            *rest, chosen = parts
+            return choose(Choice(self.base, chosen.bool(), self.experts), matrix.draw(base, rest, random))
+
+        return Sampled(draw, matrix.base, (*matrix.parts, self.chosen), (*matrix.ndims, 0))
+
     def _formed(self, matrix: Matrix, other: Tensor) -> Matrix:
         dense = matrix.dense(matrix.compute_dtype)
         return Dense(self._pick(dense, other.to(dense), 2).to(self.base.dtype))
 
     def _pick(self, tensor: Tensor, other: Tensor | float, ndim: int) -> Tensor:
-        return torch.where(self.chosen.view(-1, *[1] * (ndim + self.experts)), tensor, other)
+        return torch.where(self.chosen.view(*self.chosen.shape, *[1] * (ndim + self.experts)), tensor, other)

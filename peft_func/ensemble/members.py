@@ -4,7 +4,7 @@ Whatever a method computes is computed for each adapter; what does not depend on
 found out by `torch.func.vmap` itself, and stays one tensor for all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_func.errors import TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter, check_tree
-from peft_func.trees.paths import join, leaves
+from peft_func.trees.paths import from_leaves, join, leaves
 from peft_func.weights.groups import Grouped, Groups, column
 from peft_func.weights.layout import Layout, Storage
 from peft_func.weights.mapping import Weights
@@ -53,48 +53,41 @@ def groups_in(model: FunctionalModel, count: int, size: int) -> Groups:
             kind is nn.Embedding or not kind.__module__.startswith("torch.nn.") for kind in model.infos[name].modules
         )
     ]
-    shapes = [
+    weights, tables = (
         frozenset(tuple(tensor.shape) for tensor in tensors if tensor.dim())
         for tensors in (model.params.values(), (*loose, *model.state.values()))
-    ]
-    return Groups(count, size, *shapes)
+    )
+    return Groups(count, size, weights, tables)
 
 
 def grouped_weights(
     adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, Any], groups: Groups
 ) -> Weights:
     """Return the effective weights of a stacked tree with one member for each group of the batch."""
-    found: dict[str, tuple[Matrix, list[bool]]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    shared: dict[str, list[Tensor]] = {}
-    kept: list[Weights] = []
+    found: dict[str, tuple[Matrix, torch.dtype]] = {}
+    flags: list[bool] = []  # for every tensor of every expression: whether it differs between members
+    bases: list[Mapping[str, Tensor]] = []
+    flat = dict(leaves(stacked))
 
-    def trace(tree: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        weights = adapter.apply(frozen, tree)
-        kept.append(weights)
+    def trace(tensors: Sequence[Tensor]) -> list[Tensor]:
+        weights = adapter.apply(frozen, from_leaves(zip(flat, tensors, strict=True)))
+        bases.append(weights.base)
+        mapped = []
         for path, value in weights.items():
             if value is not frozen.get(path):
-                matrix, dtypes[path] = _matrix(value, adapter.model.layouts[path]), value.dtype
-                found[path] = matrix, [torch._C._functorch.is_batchedtensor(t) for t in matrix.tensors()]
-        for path, (matrix, mapped) in found.items():
-            shared[path] = [t for t, own in zip(matrix.tensors(), mapped, strict=True) if not own]
-        return {
-            path: [t for t, own in zip(matrix.tensors(), mapped, strict=True) if own]
-            for path, (matrix, mapped) in found.items()
-        }
+                matrix = _matrix(value, adapter.model.layouts[path])
+                found[path] = matrix, value.dtype
+                for tensor in matrix.tensors():
+                    flags.append(torch._C._functorch.is_batchedtensor(tensor))
+                    mapped += [tensor] if flags[-1] else []
+        return mapped
 
-    mapped = torch.func.vmap(trace)(stacked)
-    base = kept[0].base
-    items: dict[str, Tensor | Operator] = {}
-    for name in adapter.model.params:
-        if name not in found:
-            items[name] = frozen[name]
-            continue
-        matrix, is_mapped = found[name]
-        rest, common, flags = iter(mapped[name]), iter(shared[name]), iter(is_mapped)
-        whole = matrix.map(lambda *_, r=rest, c=common, f=flags: next(r) if next(f) else next(c))
-        items[name] = Grouped(whole, groups, adapter.model.layouts[name], dtypes[name], name)
-    return Weights(items, base, adapter.model.layouts)
+    own, differs = iter(torch.func.vmap(trace)(list(flat.values()))), iter(flags)
+    items: dict[str, Tensor | Operator] = {**frozen}
+    for name, (matrix, dtype) in found.items():
+        whole = matrix.map(lambda tensor, _: next(own) if next(differs) else tensor)
+        items[name] = Grouped(whole, groups, adapter.model.layouts[name], dtype, name)
+    return Weights({name: items[name] for name in adapter.model.params}, bases[0], adapter.model.layouts)
 
 
 def _matrix(value: Tensor | Operator, layout: Layout) -> Matrix:

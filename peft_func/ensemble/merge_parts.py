@@ -33,11 +33,18 @@ def merge_part(merge: Merge, adapter: Adapter, part: BoundPart, kept: Sequence[s
             function = _low_rank
         case "train":
             function = _held
-        case "gift" if merge.how in ("cat", "svd"):
+        case "gift" if merge.how in ("cat", "svd") and _is_linear(part):
             function = _generated
         case _:
             function = _leaves
     return function(merge, adapter, part, kept, [part.subtree(tree) for tree in trees])
+
+
+def _is_linear(part: BoundPart) -> bool:
+    """Whether what GIFT generates is linear in W phi: no block, no activation, no biases."""
+    options = part.options or {}
+    plain = options.get("block") == "simple_block" and options.get("activation", "identity") == "identity"
+    return plain and not options.get("in_projection_bias") and not options.get("out_projection_bias")
 
 
 def _low_rank(merge: Merge, adapter: Adapter, part: BoundPart, kept: Sequence[str], subtrees: Sequence[Tree]) -> Merged:
@@ -116,7 +123,7 @@ def _leaves(merge: Merge, adapter: Adapter, part: BoundPart, kept: Sequence[str]
         raise OptionError(
             f"merge: the part {name!r} ({kind}) is neither low-rank nor trained weights, which how={merge.how!r} "
             "merges; how='delta' adds what it does to the weights, exactly, and how='linear' averages its leaves"
-            + (", and how='cat' or 'svd' its generators" if kind == "gift" else "")
+            + (", and how='cat' or 'svd' its generators" if kind == "gift" and _is_linear(part) else "")
         )
     first, other = (dict(leaves(part.subtree(adapter.init(number)[1]))) for number in range(2))
     merged = {}

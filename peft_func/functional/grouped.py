@@ -50,6 +50,8 @@ def batch_second(root: nn.Module) -> str | None:
 def is_mapped(tensor: Tensor) -> bool:
     """Whether a `vmap` around this call maps a tensor."""
     functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return bool(functorch.is_batchedtensor(tensor))  # Dynamo does not know the other questions
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True
@@ -74,13 +76,26 @@ def call_routed(
     shapes = _shapes((args, kwargs))
     if all(shape[0] != groups.total for shape in shapes):
         raise _no_batch(groups, shapes)
-    if model.batch_second is None and not spare_groups(groups.count, groups.size, _others(shapes, groups)):
+    # A call in which the length of the batch is like no other shows that the batch is the leading axis wherever these
+    # weights are used. So it is in a batch of any length, also if that is the length of a sequence by chance.
+    places = tuple(name for name, value in weights.items() if isinstance(value, Grouped))
+    sight = (groups.size, places, tuple((-1, *shape[1:]) if shape[0] == groups.total else shape for shape in shapes))
+    ambiguous = spare_groups(groups.count, groups.size, _others(shapes, groups)) > 0
+    items = weights
+    if ambiguous and sight in model.sights and not torch.compiler.is_compiling():
+        known = replace(groups, known=True)
+        items = {name: op.among(known) if isinstance(op, Grouped) else op for name, op in weights.items()}
+    if model.batch_second is None and (not ambiguous or items is not weights):
         try:
-            return model.with_state(weights, model.state, *args, **kwargs)[0]
+            output = model.with_state(items, model.state, *args, **kwargs)[0]
         except RouteError:
             if torch.compiler.is_compiling():
                 raise
-    return call_by_group(model, weights, groups, args, kwargs)
+        else:
+            if not torch.compiler.is_compiling():
+                model.sights.add(sight)
+            return output
+    return call_by_group(model, weights, groups, args, kwargs)  # a longer batch comes here again
 
 
 def _shapes(values: Any) -> list[tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """A module as a pure function of its weights."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import optree
@@ -59,6 +59,7 @@ class FunctionalModel:
         layouts: how each parameter is stored.
         mixing_norm: the path of a module that normalises over the batch it meets (BatchNorm in train mode), or None.
         batch_second: the path of a module whose activations have the batch on their second axis, or None.
+        sights: the kinds of calls that have shown the batch to be the leading axis; see `call_routed`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class FunctionalModel:
         self._skeleton = Skeleton(root)
         self._entry = entry
         self._traced = _Entry(root, entry)
+        self.sights: set[Hashable] = set()
         self.params = params
         self.state = state
         every = dict(root.named_parameters(remove_duplicate=False))
@@ -159,7 +161,7 @@ class FunctionalModel:
         if not callable(getattr(self._skeleton.root, name, None)):
             raise OptionError(f"{type(self._skeleton.root).__name__} has no method {name!r}")
         twin = copy.copy(self)
-        twin._entry, twin._traced = name, _Entry(self._skeleton.root, name)
+        twin._entry, twin._traced, twin.sights = name, _Entry(self._skeleton.root, name), set()
         return twin
 
     def train(self, mode: bool = True) -> "FunctionalModel":
@@ -250,7 +252,8 @@ class FunctionalModel:
             bound[name] = bound[name].clone()  # Embedding(max_norm=...) scales rows of its weight in place
         for name in self._padded:
             if not isinstance(bound[name], Carrier) and is_mapped(bound[name]):
-                # Under vmap, torch's own lookup gives the row of the padding a gradient; the rule for operators doesn't.
+                # Under vmap, torch's own lookup gives the row of the padding a gradient; the rule for operators
+                # does not.
                 layout, dtype = self.layouts[name], bound[name].dtype
                 bound[name] = carry(Operator(Dense(layout.to_matrix(bound[name])), layout, dtype, name))
         return bound

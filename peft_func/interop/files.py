@@ -22,8 +22,10 @@ from peft_func.transforms.ia3 import ia3
 from peft_func.transforms.lora import lora
 from peft_func.transforms.magnitude import magnitude
 from peft_func.transforms.options import ByPath
+from peft_func.transforms.svdiff import svdiff
 from peft_func.transforms.train import train
 from peft_func.transforms.transform import Chain, Method, Part, chain
+from peft_func.transforms.wegeft import wegeft
 from peft_func.trees.paths import Keys, Tree, from_leaves, join, leaves
 from peft_func.trees.select import exact, nearest
 
@@ -39,7 +41,9 @@ _KINDS: dict[str, Callable[..., Part]] = {
     "ia3": ia3,
     "lora": lora,
     "magnitude": magnitude,
+    "svdiff": svdiff,
     "train": train,
+    "wegeft": wegeft,
 }
 
 

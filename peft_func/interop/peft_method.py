@@ -37,7 +37,7 @@ def plain_lora(adapter: Adapter) -> PlainLora:
     """Describe an adapter as a plain LoRA.
 
     Raises:
-        OptionError: it has another part than one `lora` and `train`.
+        OptionError: it has another part than one `lora` and `train`, or convolutions in a view that PEFT has not.
     """
     loras = [part for part in adapter.parts if part.part.kind == "lora"]
     for part in adapter.parts:
@@ -55,6 +55,12 @@ def plain_lora(adapter: Adapter) -> PlainLora:
         )
     (lora,) = loras
     options = dict(lora.options or {})
+    seen = [path for path in lora.paths if adapter.model.layouts[path].is_conv and options["conv"] != "factored"]
+    if seen:
+        raise OptionError(
+            f"{join(lora.keys)!r} sees the convolution {seen[0]!r} as conv={options['conv']!r}, and PEFT's format "
+            "holds conv='factored' only; pf.save(path, adapter, trainable) holds every view"
+        )
     ranks = {path: options["rank_pattern"].get(path, options["rank"]) for path in lora.paths}
     alphas = {
         path: options["alpha_pattern"].get(path, rank if options["alpha"] is None else options["alpha"])

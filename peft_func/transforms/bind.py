@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_func.errors import NameMismatchError, OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
-from peft_func.transforms.transform import Chain, Method, Part, Transform
+from peft_func.transforms.transform import Chain, Method, Part, Transform, expanded
 from peft_func.trees.keys import Key, as_key, split
 from peft_func.trees.paths import Keys, Tree, insert, join, leaves, map_leaves
 from peft_func.weights.mapping import Weights
@@ -80,7 +80,7 @@ class Adapter:
     """A bound method: `init` draws its trees, `apply` gives effective weights. Immutable; both are pure.
 
     Attributes:
-        method: what was bound.
+        method: what was bound, as it is in this model: what was deferred (`pf.first_match`) is in its place.
         model: what it was bound to.
         parts: the transforms in the order they apply.
         spec: the shape of every leaf of `trainable`, by its keys.
@@ -88,9 +88,9 @@ class Adapter:
     """
 
     def __init__(self, method: Method, model: FunctionalModel) -> None:
-        self.method = method
+        self.method = expanded(method, model)
         self.model = model
-        self.parts = tuple(_bound(method, model, ()))
+        self.parts = tuple(_bound(self.method, model, ()))
         # The leaves' shapes are found by a dry run on meta tensors; an init of a user that needs real values (a
         # singular value decomposition, say) is run on the real weights, where a mistake is raised again.
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.params.items()}

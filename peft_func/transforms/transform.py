@@ -1,5 +1,6 @@
 """A method is two pure functions at chosen places, or a chain of such."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -95,6 +96,15 @@ class Chain:
     name: str | None = None
 
 
+@dataclass(frozen=True)
+class Deferred(Chain, ABC):
+    """A chain whose parts are known once the model is, such as `pf.first_match`; until then it has none."""
+
+    @abstractmethod
+    def expand(self, model: FunctionalModel) -> Chain:
+        """Return the chain that it stands for in a model."""
+
+
 Method: TypeAlias = Part | Chain
 
 
@@ -146,12 +156,26 @@ def chain(*methods: Method, name: str | None = None) -> Chain:
                 f"chain takes methods, such as pf.lora(...); it got a {type(method).__name__}. "
                 "A pf.Transform gets its places with pf.on(where, transform, name=...)"
             )
-        parts += method.parts if isinstance(method, Chain) and method.name is None else [method]
+        if isinstance(method, Chain) and method.name is None and not isinstance(method, Deferred):
+            parts += method.parts
+        else:
+            parts.append(method)
     names = [part.name for part in parts]
     twice = [name for name in names if name is not None and names.count(name) > 1]
     if twice:
         raise OptionError(f"two parts of the chain are named {twice[0]!r}; give one another name: name='{twice[0]}_2'")
     return Chain(tuple(parts), None if name is None else check_name(name))
+
+
+def expanded(method: Method, model: FunctionalModel) -> Method:
+    """Return a method with every deferred chain in it replaced by what it stands for in a model."""
+    if isinstance(method, Deferred):
+        return expanded(method.expand(model), model)
+    if not isinstance(method, Chain):
+        return method
+    parts = tuple(expanded(part, model) for part in method.parts)
+    same = all(new is old for new, old in zip(parts, method.parts, strict=True))
+    return method if same else chain(*parts, name=method.name)
 
 
 def check_name(name: object) -> str:

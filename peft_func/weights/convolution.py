@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Matrix, Product, Sum, absorb
+from peft_func.weights.reshaped import Reshaped
+from peft_func.weights.sampled import Sampled
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ def convolve(matrix: Matrix, x: Tensor, how: Convolution, bias: Tensor | None = 
     match matrix:
         case Dense(tensor=tensor):
             return how.full(x, tensor, bias)
+        case Sum(left=Dense(tensor=tensor), right=Reshaped() as change) if not change.has_dropout:
+            return how.full(x, change.added_to(tensor), bias)
+        case Sampled():
+            return convolve(matrix.sample(), x, how, bias)
+        case Reshaped():
+            return how.full(matrix.drop(x), matrix.formed(x.dtype), bias)
         case Sum(left=left, right=right):
             y = convolve(left, x, how, bias)
             return y + convolve(right, x, how).to(y.dtype)

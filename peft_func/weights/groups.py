@@ -29,12 +29,14 @@ class Groups:
         size: the consecutive samples in each.
         weights: the shapes of the model's weights.
         tables: those of them, and of its buffers, that a model may use as activations (queries, positions).
+        known: whether the model has been seen, in a batch of another length, to keep the batch on the leading axis.
     """
 
     count: int
     size: int
     weights: frozenset[tuple[int, ...]] = frozenset()
     tables: frozenset[tuple[int, ...]] = frozenset()
+    known: bool = False
 
     @property
     def total(self) -> int:
@@ -56,7 +58,8 @@ class Groups:
         if self.count == 1 and x.dim():
             return x.unsqueeze(0)  # whatever its axes are, all of it belongs to the one group
         inner = x.shape[1:-1] if inner is None else inner
-        if self.total in inner or (x.shape[:1] == (self.total,) and tuple(x.shape) in self.tables):
+        ambiguous = self.total in inner or (x.shape[:1] == (self.total,) and tuple(x.shape) in self.tables)
+        if ambiguous and not self.known:
             raise RouteError(
                 f"{what} meets an activation of shape {tuple(x.shape)} in a batch of {self.total}, and cannot tell "
                 "which axis is the batch; a batch of another length can be told"
@@ -127,6 +130,10 @@ class Grouped(Operator):
 
     def replace(self, matrix: Matrix) -> "Grouped":
         return Grouped(matrix, self.groups, self.layout, self.dtype, self.path)
+
+    def among(self, groups: Groups) -> "Grouped":
+        """Return it for the same groups, of which more is known."""
+        return Grouped(self.matrix, groups, self.layout, self.dtype, self.path)
 
     def lengthened(self, groups: Groups) -> "Grouped":
         """Return it for more groups; those behind its own are like the first."""

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import peft_func as pf
 from peft_func.ensemble.choice import Choice
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Product, Sum
 from tests.zoo import randn
@@ -67,3 +69,23 @@ def test_experts_and_half_precision():
     assert found.tensor.dtype == torch.bfloat16
     assert torch.equal(found.tensor[1], base)
     assert torch.equal(found.tensor[2], own.tensor[2])
+
+
+def test_a_drawn_matrix_stays_drawn_beside_the_base():
+    net = nn.Sequential(nn.Linear(6, 6, bias=False)).double()
+    model = pf.functionalize(net).train()
+    adapter = pf.bind(pf.gift("0", rank=2, block="mlp", num_blocks=4, drop_path=0.9), model)
+    frozen, start = adapter.init(0)
+    stacked = pf.stack([pf.map_leaves(lambda leaf, s=s: leaf + 0.2 * (s + 1), start) for s in range(2)])
+    x = torch.ones(3, 6, dtype=torch.float64)
+    weights = pf.route(adapter, frozen, stacked, torch.tensor([0, -1, 1]))
+    with pf.densify("error"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = torch.stack([model(weights, x) for _ in range(20)])
+        calm = model.eval()(weights, x)
+    assert torch.allclose(drawn[:, 1], net(x)[1].expand(20, 6))
+    assert drawn[:, 0].std(0).min() > 0
+    assert drawn[:, 2].std(0).min() > 0
+    trees = pf.unstack(stacked)
+    for i, k in ((0, 0), (2, 1)):
+        assert torch.allclose(calm[i], model.eval()(adapter.apply(frozen, trees[k]), x)[i], atol=1e-10)

@@ -532,3 +532,21 @@ def test_trees_that_cannot_be_merged_are_refused():
 
 def negated(tree):
     return {"lora": {path: {"A": leaf["A"], "B": -leaf["B"]} for path, leaf in tree["lora"].items()}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"activation": "softmax"}, {"block": "mlp"}, {"in_projection_bias": True}, {"out_projection_bias": True}],
+)
+def test_generators_that_are_not_linear_merge_by_delta_only(options):
+    model = pf.functionalize(torch.nn.Sequential(torch.nn.Linear(6, 6)).double())
+    adapter = pf.bind(pf.gift("0", rank=2, **options), model)
+    frozen, start = adapter.init(0)
+    trees = [pf.map_leaves(lambda leaf, s=s: leaf + 0.3 * (s + 1), start) for s in range(2)]
+    for how in ("cat", "svd"):
+        with pytest.raises(pf.OptionError, match="how='delta'"):
+            pf.merge_adapters(adapter, trees, how=how)
+    merged, base, tree = pf.merge_adapters(adapter, trees, [0.5, 2.0], how="delta")
+    deltas = [pf.delta(adapter.apply(frozen, each))["0.weight"] for each in trees]
+    expected = model.params["0.weight"] + 0.5 * deltas[0] + 2.0 * deltas[1]
+    assert torch.allclose(pf.merge(merged.apply(base, tree))["0.weight"], expected, atol=1e-10)

@@ -177,3 +177,18 @@ def test_the_loop_is_vmap():
 def test_a_mistake_of_the_model_is_raised():
     with pytest.raises(RuntimeError, match=r"inconsistent|must match"):
         vmapped(lambda x: x + torch.zeros(7), (0,))(randn(3, 2))
+
+
+def test_a_batch_as_long_as_the_sequence_is_known_once_another_was_seen():
+    animal = ZOO["bert"]
+    many = Many(animal.build(), pf.lora(["query", "value"], rank=2), output=animal.output)
+    lengths = []
+    own = many.model.with_state
+    many.model.with_state = lambda w, state, ids, **kwargs: lengths.append(len(ids)) or own(w, state, ids, **kwargs)
+    ids = torch.arange(25).view(5, 5) % 32
+    index = [0, 1, -1, 1, 0]
+    first = many.routed(many.stacked, index, ids)
+    second = many.routed(many.stacked, index, ids)
+    assert lengths == [6, 5]  # a spare sample tells the batch from the sequence; after that it is known
+    assert torch.allclose(first, second, atol=1e-12)
+    assert torch.allclose(first, many.looped(many.members, index, ids), atol=1e-10)

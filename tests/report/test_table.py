@@ -146,3 +146,18 @@ def test_a_table_is_a_value():
     assert table_of(pf.lora("0", rank=1), model) == table_of(pf.lora("0", rank=1), model)
     with pytest.raises(AttributeError):
         table_of(pf.lora("0", rank=1), model).total = 3
+
+
+def test_rows_can_be_numbered():
+    adapter = pf.bind(pf.lora(".*", rank=1), empty(mlp))
+    trainable = adapter.init(0)[1]
+    table = pf.table(adapter, trainable, index=True)
+    plain = pf.table(adapter, trainable)
+    assert (table.rows, table.total, table.base) == (plain.rows, plain.total, plain.base)
+    lines = str(table).splitlines()
+    assert lines[0].split() == ["index", "name", "shape", "count"]
+    assert [line.split()[0] for line in lines[2:6]] == ["0", "1", "2", "3"]
+    assert lines[2].split() == ["0", "lora.0.weight.A", "1", "x", "8", "8"]
+    assert lines[7].split() == ["total", "18"]
+    assert len({len(line) for line in lines[:8]}) == 1
+    assert [line.split()[:1] for line in str(plain).splitlines()[2:3]] == [["lora.0.weight.A"]]

@@ -178,7 +178,45 @@ ERRORS = {
     "rank True": (lambda: pf.gift("0", rank=True), ["0.weight", "rank=True"]),
     "rank 2.5": (lambda: pf.gift("0", rank=2.5), ["0.weight", "rank=2.5"]),
     "rank above": (lambda: pf.gift("0", rank=6), ["0.weight", "1 to 5"]),
-    "block": (lambda: pf.gift("0", rank=2, block="mlp_block"), ["'mlp_block'", "'simple_block'"]),
+    "block": (lambda: pf.gift("0", rank=2, block="mlp_block"), ["'mlp_block'", "'simple_block'", "'pamcat_attn'"]),
+    "block None": (lambda: pf.gift("0", rank=2, block=None), ["None", "'simple_block'"]),
+    "block list": (lambda: pf.gift("0", rank=2, block=["mlp"]), ["['mlp']", "'simple_block'"]),
+    "a misspelt option": (lambda: pf.gift("0", rank=2, gift_paramters={}), ["'gift_paramters'", "activation"]),
+    "another block's": (lambda: pf.gift("0", rank=2, block="mlp", num_heads=2), ["'num_heads'", "'mlp'", "mlp_ratio"]),
+    "in the dict": (lambda: pf.gift("0", rank=2, block={"block_type": "mlp", "heads": 1}), ["'heads'", "mlp_ratio"]),
+    "twice": (lambda: pf.gift("0", rank=2, block={"act_layer": "gelu"}, activation="gelu"), ["activation", "twice"]),
+    "activation": (lambda: pf.gift("0", rank=2, activation="relu"), ["'relu'", "'hsigmoid'"]),
+    "clusters' one": (lambda: pf.gift("0", rank=2, block="pamcat_attn", cluster_activation=""), ["''", "'softmax'"]),
+    "norm": (lambda: pf.gift("0", rank=2, block="mlp", norm="batch"), ["'batch'", "'l2'", "'ln'"]),
+    "no blocks": (lambda: pf.gift("0", rank=2, block="mlp", num_blocks=0), ["num_blocks=0", "1"]),
+    "too many blocks": (lambda: pf.gift("0", rank=2, block="mlp", num_blocks=10**9), ["num_blocks", "65536"]),
+    "clusters True": (lambda: pf.gift("0", rank=2, block="pamcat_attn", num_clusters=True), ["num_clusters=True"]),
+    "mixed 2.5": (lambda: pf.gift("0", rank=2, block="mlp_mixer", num_mixed_tokens=2.5), ["num_mixed_tokens=2.5"]),
+    "ratio 0": (lambda: pf.gift("0", rank=2, block="mlp", mlp_ratio=0), ["mlp_ratio=0"]),
+    "ratio nan": (lambda: pf.gift("0", rank=2, block="mlp", mlp_ratio=float("nan")), ["mlp_ratio=nan"]),
+    "ratio small": (lambda: pf.gift("0", rank=2, block="mlp", mlp_ratio=0.3), ["mlp_ratio=0.3", "rank=2"]),
+    "channels": (lambda: pf.gift("0", rank=2, block="mlp_mixer", channel_mixing_ratio=0.3), ["channel_mixing_ratio"]),
+    "heads": (lambda: pf.gift("0", rank=3, block="transformer", num_heads=2), ["num_heads=2", "rank=3"]),
+    "drop_path 1": (lambda: pf.gift("0", rank=2, block="mlp", drop_path=1), ["drop_path=1"]),
+    "bias": (lambda: pf.gift("0", rank=2, in_projection_bias="none"), ["in_projection_bias='none'"]),
+    "bias 1": (lambda: pf.gift("0", rank=2, out_projection_bias=1), ["out_projection_bias=1"]),
+    "float8": (lambda: pf.gift("0", rank=2, dtype="float8"), ["'float8'", "bfloat16"]),
+    "int8": (lambda: pf.gift("0", rank=2, dtype=torch.int8), ["torch.int8", "float32"]),
+    "chunks str": (lambda: pf.gift("0", rank=2, chunks="qkv"), ["'qkv'", "('q', None, 'v')"]),
+    "chunks of numbers": (lambda: pf.gift("0", rank=2, chunks=(True, False)), ["(True, False)", "('q', None, 'v')"]),
+    "chunks of nothing": (lambda: pf.gift("0", rank=2, chunks=(None, None)), ["(None, None)", "where"]),
+    "chunks unequal": (lambda: pf.gift("0", rank=2, chunks=("a", "b", "c")), ["0.weight", "8 rows", "3"]),
+    "chunks nowhere": (lambda: pf.gift("0", rank=2, chunks={"qkv": ("a", "b")}), ["'qkv'", "0.weight"]),
+    "chunks of two": (lambda: pf.gift("0", rank=2, chunks={"0": ("a",), "0.weight": ("b",)}), ["0.weight", "0, 0.w"]),
+    "rank above a part": (lambda: pf.gift("0", rank=5, chunks=("a", "b")), ["rank=5", "1 to 4"]),
+    "two groups of one name": (
+        lambda: pf.gift("0|2", rank=2, share={"a": "0", "a.b": "2"}, chunks={"0": ("b",)}),
+        ["'a.b'", "two groups"],
+    ),
+    "heights": (
+        lambda: pf.gift("2|4", rank=2, share="all", block="mlp_mixer"),
+        ["2.weight", "4.weight", "8", "3", "mlp_mixer"],
+    ),
     "share": (lambda: pf.gift("0", rank=2, share="depth"), ["'depth'", "'target'", "'all'", "'none'"]),
     "share None": (lambda: pf.gift("0", rank=2, share=None), ["None", "'none'"]),
     "share list": (lambda: pf.gift("0", rank=2, share=["0"]), ["share", "'none'"]),
@@ -193,3 +231,113 @@ def test_errors_name_the_place_and_the_choices(case):
     assert isinstance(caught.value, ValueError)
     for word in words:
         assert word in str(caught.value)
+
+
+# What the authors' code gets wrong, or refuses, done right.
+
+
+def test_parts_of_a_fused_layer_can_be_chosen():
+    net = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(6, 18)})}).double()
+    model = pf.functionalize(net)
+    for target in ("qkv", "attn.qkv"):
+        method = pf.gift([target], rank=2, chunks={target: ("q", None, "v")}, block="mlp")
+        adapter = pf.bind(method, model)
+        frozen, tree = adapter.init(0)
+        assert set(tree["gift"]) == {"qkv.q", "qkv.v"}
+        change = pf.delta(adapter.apply(frozen, random_like(tree)))["attn.qkv.weight"]
+        assert [bool(part.any()) for part in change.chunk(3)] == [True, False, True]
+
+
+def test_a_target_may_be_a_string_and_a_name_at_the_top():
+    model = pf.functionalize(nn.ModuleDict({"head": nn.Linear(4, 3), "body": nn.Linear(4, 4)}))
+    for where in ("head", ["head"], "hea.", r"head\.weight"):
+        assert pf.bind(pf.gift(where, rank=2), model).parts[0].paths == ("head.weight",)
+
+
+def test_layers_are_chosen_by_number():
+    model = pf.functionalize(ZOO["llama"].build())
+    adapter = pf.bind(pf.gift(pf.suffix("q_proj") & pf.index(1), rank=2), model)
+    assert adapter.parts[0].paths == ("model.layers.1.self_attn.q_proj.weight",)
+
+
+def test_the_dtype_is_torch_s_or_its_name():
+    model = pf.functionalize(nn.Linear(4, 4))
+    for dtype in (torch.bfloat16, "bfloat16"):
+        tree = pf.bind(pf.gift("weight", rank=2, dtype=dtype), model).init(0)[1]
+        assert {leaf.dtype for leaf in tree["gift"]["weight"].values()} == {torch.bfloat16}
+
+
+def test_all_options_of_the_authors_dict_are_known_by_their_names():
+    model = pf.functionalize(nn.Linear(8, 8))
+    theirs = {
+        "block_type": "pamcat_transformer", "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2.0, "drop_path": 0.1,
+        "norm_layer": "ln", "num_clusters": 6, "cluster_activation": "softmax",
+    }  # fmt: skip
+    ours = {("norm" if name == "norm_layer" else name): value for name, value in theirs.items()}
+    kind = ours.pop("block_type")
+    by_dict = pf.bind(pf.gift("weight", rank=4, block=theirs), model)
+    by_name = pf.bind(pf.gift("weight", rank=4, block=kind, **ours), model)
+    assert by_dict.spec == by_name.spec
+    assert by_dict.parts[0].options == by_name.parts[0].options
+    assert pf.bind(pf.gift("weight", rank=4, block={"act_layer": "gelu"}), model).parts[0].options["block"] == {
+        "block_type": "simple_block",
+        "activation": "gelu",
+    }
+
+
+def test_attention_does_not_need_a_fused_kernel_and_has_second_derivatives():
+    net = seeded(lambda: nn.Linear(6, 5))()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.gift("weight", rank=2, block="transformer"), model)
+    frozen, start = adapter.init(0)
+    loss = lambda tree: model(adapter.apply(frozen, tree), torch.ones(2, 6).double()).square().sum()
+    tree = random_like(start)
+    curvature = torch.func.jvp(torch.func.grad(loss), (tree,), (pf.map_leaves(torch.ones_like, tree),))[1]
+    ones = pf.map_leaves(torch.ones_like, tree)
+    slope = lambda step: torch.func.grad(loss)(pf.map_leaves(lambda t, u: t + step * u, tree, ones))
+    by_difference = pf.map_leaves(lambda a, b: (a - b) / 2e-5, slope(1e-5), slope(-1e-5))
+    same(curvature, by_difference, 1e-4)
+
+
+FULL = {
+    "rank": 2, "in_projection_bias": True, "out_projection_bias": True, "chunks": {"0": ("a", None)}, "share": "none",
+    "dtype": "float64",
+    "block": {
+        "block_type": "pamcat_transformer", "num_blocks": 2, "num_heads": 2, "mlp_ratio": 1.5, "drop_path": 0.25,
+        "norm": "ln", "num_clusters": 3, "cluster_activation": "hsigmoid",
+    },
+}  # fmt: skip
+
+
+def test_merge_save_and_load_work_with_all_options(tmp_path):
+    animal = ZOO["mlp"]
+    net = animal.build()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.gift("0|2", **FULL), model)
+    frozen, start = adapter.init(0)
+    tree = random_like(start)
+    pf.save(tmp_path / "a.safetensors", adapter, tree)
+    again, base, loaded = pf.load(tmp_path / "a.safetensors", model)
+    assert again.parts[0].options == adapter.parts[0].options == {**FULL, "chunks": {"0": ["a", None]}}
+    (x,), _ = animal.inputs(1)
+    y = model(adapter.apply(frozen, tree), x)
+    assert torch.equal(model(again.apply(base, loaded), x), y)
+    net.load_state_dict(model.state_dict(adapter.apply(frozen, tree)), strict=True)
+    same(net(x), y)
+
+
+def test_the_names_of_a_tree_are_strict():
+    model = pf.functionalize(nn.Linear(4, 4))
+    adapter = pf.bind(pf.gift("weight", rank=2, block="mlp"), model)
+    frozen, tree = adapter.init(0)
+    tree["gift"]["weight"]["backbone"] = torch.zeros(1)
+    with pytest.raises(pf.TreeError, match=r"gift\.weight\.backbone"):
+        adapter.apply(frozen, tree)
+    del tree["gift"]["weight"]["backbone"], tree["gift"]["weight"]["blocks"]["0"]["mlp"]["fc1"]["bias"]
+    with pytest.raises(pf.TreeError, match=r"blocks\.0\.mlp\.fc1\.bias"):
+        adapter.apply(frozen, tree)
+
+
+def test_what_was_saved_before_there_were_blocks_has_the_same_options():
+    adapter = pf.bind(pf.gift("weight", rank=2), pf.functionalize(nn.Linear(4, 4)))
+    assert adapter.parts[0].options == {"rank": 2, "share": "target", "block": "simple_block"}

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import peft_func as pf
 from tests.transforms.peer import KNOWN_WARNINGS, Peer, compare
 from tests.transforms.plain import GRADS, VALUES, call, grads_of, learnable, leaves_of, low_rank, random_like, same
+from tests.transforms.resnet18 import SEED_TABLE, resnet18_names
 from tests.zoo import ZOO, ids, randn, seeded
 
 
@@ -454,3 +455,154 @@ def test_biases_of_three_dimensions_are_no_candidates():
     """`nn.MultiheadAttention(add_bias_kv=True)` has biases of shape [1, 1, E]; biases are never candidates."""
     adapter = pf.bind(pf.lora(".*", rank=1), pf.functionalize(ZOO["attention"].build()))
     assert not {path for path in adapter.init(0)[1]["lora"] if "bias" in path}
+
+
+# Other views of a convolution's weight.
+
+
+def test_balanced_resnet18_has_the_leaves_of_the_seeds_table():
+    adapter = pf.bind(pf.lora(".*", rank=3, conv="balanced"), pf.functionalize(resnet18_names()))
+    tree = adapter.init(0)[1]["lora"]
+    shapes = {path.removesuffix(".weight"): (tuple(t["B"].shape), tuple(t["A"].shape)) for path, t in tree.items()}
+    assert list(shapes.items()) == list(SEED_TABLE.items())
+    assert sum(math.prod(shape) for shape in adapter.spec.values()) == 75_063
+
+
+VIEWED = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3), (6, 12), (6, 12)),
+    "1d_grouped": (lambda: nn.Conv1d(4, 6, 5, groups=2), (6, 10), (6, 10)),
+    "2d": (lambda: nn.Conv2d(4, 6, (3, 2)), (18, 8), (6, 24)),
+    "2d_depthwise": (lambda: nn.Conv2d(4, 8, (5, 3), groups=4), (40, 3), (8, 15)),
+    "2d_pointwise": (lambda: nn.Conv2d(4, 6, 1), (6, 4), (6, 4)),
+    "3d": (lambda: nn.Conv3d(4, 6, (2, 3, 5), groups=2), (12, 30), (6, 60)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), groups=2), (9, 8), (3, 24)),
+    "linear": (lambda: nn.Linear(5, 7), (7, 5), (7, 5)),
+    "hf_conv1d": (lambda: Conv1D(7, 5), (7, 5), (7, 5)),
+}
+
+
+@pytest.mark.parametrize("layer", VIEWED)
+def test_leaves_of_a_view_are_plain_matrices(layer):
+    build, balanced, out_as_h = VIEWED[layer]
+    for conv, (h, w) in {"balanced": balanced, "out_as_h": out_as_h}.items():
+        highest = min(h, w)
+        model = pf.functionalize(nn.Sequential(build()))
+        leaf = pf.bind(pf.lora("0", rank=highest, conv=conv), model).init(0)[1]["lora"]["0.weight"]
+        assert leaf["B"].shape == (h, highest)
+        assert leaf["A"].shape == (highest, w)
+        assert leaf["A"].is_contiguous()
+        assert not leaf["B"].any()
+        assert 0.5 / math.sqrt(w) < leaf["A"].abs().max() <= 1 / math.sqrt(w)
+        with pytest.raises(pf.OptionError, match=rf"rank={highest + 1} for 0.weight, a matrix of {h} x {w}"):
+            pf.bind(pf.lora("0", rank=highest + 1, conv=conv), model)
+
+
+def in_view(net, path, matrix):
+    """Entries read row by row: as the stored weight, or as the matrix of a transposed convolution's."""
+    weight = net.get_parameter(path)
+    if isinstance(net.get_submodule(path.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd):
+        return matrix.reshape(weight.transpose(0, 1).shape).transpose(0, 1)
+    return matrix.reshape(weight.shape)
+
+
+@pytest.mark.parametrize("conv", ["balanced", "out_as_h"])
+@pytest.mark.parametrize("layer", [name for name in FORMULA if name != "bilinear"])
+def test_every_view_equals_the_formula(layer, conv):
+    build, shape = FORMULA[layer]
+    net = seeded(build)()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.lora(".*", rank=2, alpha=6, conv=conv), model)
+    frozen, start = adapter.init(0)
+    x, y = randn(*shape).requires_grad_(), randn(*shape).requires_grad_()
+    ours, theirs = learnable(random_like(start)), learnable(random_like(start))
+    with pf.densify("error"):
+        out = model(adapter.apply(frozen, ours), x)
+    leaf = theirs["lora"]["weight"]
+    weight = net.weight + in_view(net, "weight", 3.0 * (leaf["B"] @ leaf["A"]))
+    expected = torch.func.functional_call(net, {"weight": weight}, (y,))
+    same(out, expected, VALUES)
+    same(grads_of(out, ours | {"x": x}), grads_of(expected, theirs | {"x": y}), GRADS)
+    same(pf.merge(adapter.apply(frozen, ours))["weight"], weight, VALUES)
+
+
+def test_out_as_h_is_the_factored_form_with_flat_leaves():
+    animal = ZOO["conv"]
+    model, (args, kwargs) = pf.functionalize(animal.build()), animal.inputs(1)
+    factored, flat = (pf.bind(pf.lora(".*", rank=2, conv=conv), model) for conv in ("factored", "out_as_h"))
+    frozen, start = factored.init(5)
+    same(pf.map_leaves(lambda leaf: leaf.flatten(1), start), flat.init(5)[1], 0.0)
+    tree = random_like(start)
+    flattened = pf.map_leaves(lambda leaf: leaf.flatten(1), tree)
+    ours, theirs = flat.apply(frozen, flattened), factored.apply(frozen, tree)
+    same(model(ours, *args, **kwargs), model(theirs, *args, **kwargs), 0.0)
+
+
+@pytest.mark.parametrize("layer", ["transposed2d", "transposed_grouped", "grouped", "dilated1d"])
+def test_dropout_of_a_balanced_update_is_of_the_input_of_its_own_convolution(layer):
+    build, shape = FORMULA[layer]
+    net = seeded(build)()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.lora("weight", rank=2, alpha=6, dropout=0.4, conv="balanced"), model)
+    frozen, start = adapter.init(0)
+    tree, x = random_like(start), randn(*shape)
+    leaf = tree["lora"]["weight"]
+    change = in_view(net, "weight", 3.0 * (leaf["B"] @ leaf["A"]))
+    weights = adapter.apply(frozen, tree)
+    torch.manual_seed(3)
+    out = model.train()(weights, x)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.4)
+    own = {"weight": change, "bias": torch.zeros_like(net.bias)}
+    same(out, net(x) + torch.func.functional_call(net, own, (dropped,)))
+    assert (out - model(weights, x)).abs().max() > 1e-3
+    same(model(weights, x), torch.func.functional_call(net, {"weight": net.weight + change}, (x,)))
+    same(pf.merge(weights)["weight"], net.weight.detach() + change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_balanced_update_of_half_precision_is_the_merged_weight_bit_for_bit(dtype):
+    net = seeded(lambda: nn.Conv2d(4, 6, 3))().to(dtype)
+    model, x = pf.functionalize(net), randn(2, 4, 6, 6).to(dtype)
+    adapter = pf.bind(pf.lora("weight", rank=2, conv="balanced"), model)
+    frozen, start = adapter.init(0)
+    tree = pf.map_leaves(torch.Tensor.float, random_like(start))
+    weights = adapter.apply(frozen, tree)
+    assert torch.equal(model(weights, x), model(pf.merge(weights), x))
+
+
+@pytest.mark.parametrize("conv", ["balanced", "out_as_h"])
+def test_dora_takes_every_view(conv):
+    net = seeded(lambda: nn.Conv2d(4, 6, (3, 2), groups=2))()
+    model, x = pf.functionalize(net), randn(2, 4, 5, 6)
+    adapter = pf.bind(pf.dora("weight", rank=2, alpha=6, conv=conv), model)
+    frozen, start = adapter.init(0)
+    same(model(adapter.apply(frozen, start), x), net(x).detach())
+    leaf = random_like(start)["dora"]["weight"]
+    V = net.weight.detach() + (3.0 * (leaf["B"] @ leaf["A"])).reshape(net.weight.shape)
+    weight = V * (leaf["magnitude"] / V.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    with pf.densify("error"):
+        out = model(adapter.apply(frozen, {"dora": {"weight": leaf}}), x)
+    same(out, torch.func.functional_call(net, {"weight": weight}, (x,)))
+
+
+@pytest.mark.parametrize("conv", ["Balanced", "outash", "", None, 2])
+def test_an_unknown_view_is_refused(conv):
+    with pytest.raises(pf.OptionError, match="'factored', 'balanced', 'out_as_h'"):
+        pf.lora(".*", conv=conv)
+
+
+@pytest.mark.parametrize("conv", ["balanced", "out_as_h"])
+def test_a_view_is_saved_but_not_in_the_format_of_peft(conv, tmp_path):
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 3)).double()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.lora(".*", rank=2, conv=conv, rank_pattern={"0": 4}), model)
+    frozen, start = adapter.init(0)
+    tree = random_like(start)
+    pf.save(tmp_path / "a.safetensors", adapter, tree)
+    again, frozen, loaded = pf.load(tmp_path / "a.safetensors", model)
+    same(loaded, tree, 0.0)
+    same(pf.merge(again.apply(frozen, loaded)), pf.merge(adapter.apply(frozen, tree)), 0.0)
+    with pytest.raises(pf.OptionError, match=rf"'0.weight' as conv='{conv}'.*pf\.save"):
+        pf.save_peft(tmp_path / "folder", adapter, tree)
+    linear = pf.bind(pf.lora("2", rank=2, conv=conv), model)  # where there is no convolution, the views are one
+    pf.save_peft(tmp_path / "folder", linear, linear.init(0)[1])

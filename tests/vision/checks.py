@@ -26,6 +26,7 @@ from torch import nn  # noqa: E402
 
 import peft_func as pf  # noqa: E402
 from peft_func.trees import paths  # noqa: E402
+from tests.transforms.resnet18 import SEED_TABLE  # noqa: E402
 
 torch.library.register_fake = _register
 MATRICES = pf.of_type(nn.Linear, nn.Conv2d)
@@ -104,6 +105,7 @@ METHODS = {
     "gift": lambda net: pf.gift(MATRICES, rank=1 if net is mobilenet else 2, share="none"),
     "ia3": lambda net: pf.ia3(MATRICES, scale_bias=True),
     "dora": lambda net: pf.dora(MATRICES, rank=1 if net is mobilenet else 2),
+    "balanced": lambda net: pf.lora(MATRICES, rank=3, conv="balanced"),
     "packed": lambda net: pf.lora(r".*(in_proj_weight|qkv\.weight)", rank=2),
     "chain": lambda net: pf.chain(
         pf.lora(MATRICES, rank=1), pf.gift(MATRICES, rank=1, share="none"), pf.train(r".*bias")
@@ -208,6 +210,25 @@ def check_one_channel_of_state_under_vmap(make, method):
             same(new[name][i], state[name], 1e-9)
 
 
+def check_seed_table(make, method):
+    """The leaves of LoRA over the balanced views are those of the GIFt library's table, row by row."""
+    net, _ = make()
+    adapter = pf.bind(METHODS[method](make), pf.functionalize(net))
+    leaves = adapter.init(0)[1]["lora"]
+    assert list(leaves) == [f"{name}.weight" for name in SEED_TABLE]
+    for name, (B, A) in SEED_TABLE.items():
+        assert tuple(leaves[f"{name}.weight"]["B"].shape) == B, name
+        assert tuple(leaves[f"{name}.weight"]["A"].shape) == A, name
+    assert sum(leaf.numel() for _, leaf in paths.leaves(leaves)) == 75_063
+
+
+def check_count_of_shifts(make, method):
+    """SVDiff trains as many values as in the GIFt library."""
+    net, _ = make()
+    adapter = pf.bind(pf.svdiff(MATRICES), pf.functionalize(net))  # no init: it decomposes
+    assert sum(torch.Size(shape).numel() for shape in adapter.spec.values()) == 11_157
+
+
 CHECKS = {
     **{f"merge {net.__name__} {m}": (check_merge, net, m) for net in NETS for m in ("lora", "gift")},
     **{f"merge {net.__name__} {m}": (check_merge, net, m) for net in (resnet, vit, timm_vit, mobilenet)
@@ -217,6 +238,9 @@ CHECKS = {
     **{f"vmap {net.__name__} {m}": (check_vmap, net, m) for net in (resnet, vit, timm_vit, convnext)
        for m in ("lora", "gift")},
     "vmap statistics resnet": (check_one_channel_of_state_under_vmap, resnet, "lora"),
+    "merge resnet balanced": (check_merge, resnet, "balanced"),
+    "table resnet balanced": (check_seed_table, resnet, "balanced"),
+    "count resnet svdiff": (check_count_of_shifts, resnet, "svdiff"),
 }  # fmt: skip
 
 

@@ -10,6 +10,9 @@ NAMES = [
     *[f"statistics resnet {method}" for method in ("lora", "gift")],
     *[f"vmap {net} {m}" for net in ("resnet", "vit", "timm_vit", "convnext") for m in ("lora", "gift")],
     "vmap statistics resnet",
+    "merge resnet balanced",
+    "table resnet balanced",
+    "count resnet svdiff",
 ]
 
 

@@ -1,0 +1,1 @@
+"""GIFT's claim on real data: a pre-trained encoder, real sentences, few trained numbers."""
