@@ -18,10 +18,11 @@ from peft_func.transforms.bind import Adapter, BoundPart, bind, check_tree
 from peft_func.transforms.lora import lora
 from peft_func.transforms.options import ByPath
 from peft_func.transforms.transform import Chain, Method, chain
-from peft_func.trees.paths import Keys, Tree, insert, map_leaves
+from peft_func.trees.paths import Keys, Tree, insert, join, map_leaves
 from peft_func.trees.select import exact
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import LowRank, Sum
+from peft_func.weights.reshaped import Reshaped
 
 
 def pad_ranks(
@@ -92,8 +93,14 @@ def _slots(parts: Sequence[BoundPart], trees: Sequence[Mapping[str, Any]], model
 def _terms(part: BoundPart, tree: Mapping[str, Any], model: FunctionalModel) -> dict[str, LowRank]:
     """Return what a low-rank part adds at each of its places: its ranks and scales, whatever its options."""
     seen = Weights(model.params, model.params, model.layouts).restrict(part.seen)
-    changes = part.transform.apply(part.subtree(tree), seen)
-    return {path: m.right for path, m in changes.items() if isinstance(m, Sum) and isinstance(m.right, LowRank)}
+    terms = {}
+    for path, matrix in part.transform.apply(part.subtree(tree), seen).items():
+        change = matrix.right if isinstance(matrix, Sum) else None
+        change = change.inner if isinstance(change, Reshaped) else change  # a convolution in another view
+        if not isinstance(change, LowRank):
+            raise OptionError(f"pad_ranks: {join(part.keys)} at {path} is not the base and one low-rank matrix")
+        terms[path] = change
+    return terms
 
 
 def _rebuilt(

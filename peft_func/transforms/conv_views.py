@@ -3,9 +3,10 @@
     out_as_h    [out, in / groups * k0 * k1 * ...]
     balanced    [out * k0, in / groups * k1 * ...]        in one dimension, where there is no k1, the same as out_as_h
 
-The two views of Qiu's GIFt (https://github.com/qiauil/GIFt, `ConvWeightHWType`). A balanced rank r costs
-r (out k0 + in k1 / groups) values, for square kernels the least of all such views. A transposed convolution's weight is
-read as its matrix is, with `out / groups` and `in` for `out` and `in / groups`. Other weights have one view only.
+The two views of Qiu's GIFt (https://github.com/qiauil/GIFt, `ConvWeightHWType`). Rank r costs r (h + w) values: fewer
+in the balanced view where there are about as many inputs as outputs, more where there are few inputs (a first layer).
+A transposed convolution's weight is read as its matrix is, with `out / groups` and `in` for `out` and `in / groups`.
+Other weights have one view only.
 """
 
 from peft_func.weights.layout import Layout

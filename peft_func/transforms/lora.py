@@ -54,9 +54,9 @@ def lora(
             of the matrix.
         conv: how a convolution's weight is seen as a matrix [h, w]. `"factored"`: h = out, w = in / groups * taps,
             which acts as a convolution to `rank` channels and a pointwise one behind it. `"out_as_h"`: the same, with
-            the leaves as plain matrices. `"balanced"`: h = out * k0, w = in / groups * k1 * ...: fewer values for the
-            same rank; the update is formed and added to the weight in each call, for one convolution (with dropout,
-            in train mode, for one of its own). A transposed convolution has `out / groups` and `in` there.
+            the leaves as plain matrices. `"balanced"`: h = out * k0, w = in / groups * k1 * ...: fewer values for one
+            rank, unless inputs are few; the update is formed and added to the weight in each call, for one convolution
+            (with dropout, in train mode, for one of its own). A transposed one has `out / groups` and `in` there.
         rank_pattern: `{regex of the end of a module path: rank}`; the first that matches wins.
         alpha_pattern: likewise for alpha.
         bias: train the biases of the adapted modules too: leaves `trainable[name][bias path]["bias"]`.

@@ -33,6 +33,15 @@ def test_every_tree_gives_what_it_gave(name, options):
         assert close(call(name, whole, frozen, pad), call(name, adapter, adapter.init(0)[0], tree), 1e-10)
 
 
+@pytest.mark.parametrize("conv", ["balanced", "out_as_h"])
+def test_other_views_of_a_convolution(conv):
+    adapters = [bound("conv", rank=rank, conv=conv) for rank in (1, 2)]
+    trees = [perturbed(adapter.init(i)[1], i) for i, adapter in enumerate(adapters)]
+    whole, frozen, padded = pf.pad_ranks(adapters, trees)
+    for adapter, tree, pad in zip(adapters, trees, padded, strict=True):
+        assert close(call("conv", whole, frozen, pad), call("conv", adapter, adapter.init(0)[0], tree), 1e-10)
+
+
 def test_training_keeps_the_padding_at_zero_and_is_that_of_each_alone():
     adapters = [bound("mlp", rank=1), bound("mlp", rank=2), bound("mlp", rank=3)]
     trees = [perturbed(adapter.init(i)[1], i) for i, adapter in enumerate(adapters)]

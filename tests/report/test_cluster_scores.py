@@ -42,7 +42,7 @@ def test_random_peaks_hit_as_often_as_the_mask_is_large():
 
 
 def test_the_scores_of_places():
-    chance = torch.cat([MAPS[:, :2], MAPS[:, [1, 3]]], 1)  # two draws of two
+    chance = torch.cat([MAPS[:, :2], MAPS[:, [3, 1]]], 1)  # two draws of two
     place = pf.ClusterMaps("layer", MAPS[:, :2], MAPS[:, [1, 0]], chance)
     scores = score_places([place, pf.ClusterMaps("other", MAPS[:, 1:3], MAPS[:, 2:4], chance)], MASK)
     first, second = scores.iou
