@@ -6,9 +6,9 @@ from peft_func.ensemble.fisher import fisher as fisher
 from peft_func.ensemble.merge_adapters import merge_adapters as merge_adapters
 from peft_func.ensemble.merge_error import merge_error as merge_error
 from peft_func.ensemble.mixture import mixture as mixture
+from peft_func.ensemble.pad import pad_ranks as pad_ranks
 from peft_func.ensemble.permutation import permute as permute
 from peft_func.ensemble.permutation_spec import permutation_spec as permutation_spec
-from peft_func.ensemble.pad import pad_ranks as pad_ranks
 from peft_func.ensemble.prototypes import class_means as class_means
 from peft_func.ensemble.prototypes import nearest_class_mean as nearest_class_mean
 from peft_func.ensemble.prototypes import transform_features as transform_features

@@ -4,7 +4,7 @@ Whatever a method computes is computed for each adapter; what does not depend on
 found out by `torch.func.vmap` itself, and stays one tensor for all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,9 +61,22 @@ def groups_in(model: FunctionalModel, count: int, size: int) -> Groups:
 
 
 def grouped_weights(
-    adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, Any], groups: Groups
+    adapter: Adapter,
+    frozen: Mapping[str, Tensor],
+    stacked: Mapping[str, Any],
+    groups: Groups,
+    take: Callable[[str, torch.dtype], Callable[[Matrix], Matrix]] | None = None,
 ) -> Weights:
-    """Return the effective weights of a stacked tree with one member for each group of the batch."""
+    """Return the effective weights of a stacked tree with one member for each group of the batch.
+
+    Args:
+        adapter: the bound adapter.
+        frozen: the base weights.
+        stacked: the stacked tree.
+        groups: of the batch.
+        take: gives, for a path and its dtype, what makes the groups' matrix out of the members'; None where
+            they are the same.
+    """
     found: dict[str, tuple[Matrix, torch.dtype]] = {}
     flags: list[bool] = []  # for every tensor of every expression: whether it differs between members
     bases: list[Mapping[str, Tensor]] = []
@@ -86,7 +99,8 @@ def grouped_weights(
     items: dict[str, Tensor | Operator] = {**frozen}
     for name, (matrix, dtype) in found.items():
         whole = matrix.map(lambda tensor, _: next(own) if next(differs) else tensor)
-        items[name] = Grouped(whole, groups, adapter.model.layouts[name], dtype, name)
+        taker = None if take is None else take(name, dtype)
+        items[name] = Grouped(whole, groups, adapter.model.layouts[name], dtype, name, taker)
     return Weights({name: items[name] for name in adapter.model.params}, bases[0], adapter.model.layouts)
 
 

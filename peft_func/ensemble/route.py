@@ -4,7 +4,7 @@ Mixed batches of low-rank adapters: Punica (arXiv 2310.18547), S-LoRA (arXiv 231
 base products run once over the whole batch, and what belongs to an adapter is gathered for the samples that use it.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from math import gcd
 from typing import Any
@@ -17,8 +17,10 @@ from peft_func.ensemble.members import count_members, grouped_weights, groups_in
 from peft_func.errors import OptionError
 from peft_func.transforms.bind import Adapter
 from peft_func.trees.paths import leaves, map_leaves
-from peft_func.weights.groups import Grouped, column
+from peft_func.weights.groups import column
+from peft_func.weights.layout import Storage
 from peft_func.weights.mapping import Weights
+from peft_func.weights.matrix import Matrix
 
 BASE = -1
 """The index of a sample that goes through the plain base model."""
@@ -64,13 +66,29 @@ def route(adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, 
     used, some_base = _read_index(index, count)
     groups = groups_in(adapter.model, len(used), len(index) // len(used))
     used = used.to(next(tensor.device for _, tensor in leaves(stacked)))
-    gathered = map_leaves(lambda leaf: leaf.index_select(0, used.clamp_min(0)), stacked)
-    weights = grouped_weights(adapter, frozen, gathered, groups)
-    if not some_base:
-        return weights
+    rows = used.clamp_min(0)
     # A method of the user's may give a constant; the library's own leave the base or change it.
     foreign = {path for part in adapter.parts if part.part.kind is None for path in part.seen}
-    return _or_base(weights, used >= 0, foreign)
+    layouts, base = adapter.model.layouts, {**adapter.model.params, **frozen}
+    few = count <= len(used)  # then what a method computes for each adapter is computed once, and gathered where used
+
+    def take(path: str, dtype: torch.dtype) -> Callable[[Matrix], Matrix]:
+        vector = layouts[path].storage is Storage.VECTOR
+        experts = 0 if vector else len(layouts[path].batch)
+        own = base[path].to(dtype)
+        single = column(own) if vector else layouts[path].to_matrix(own)
+        choice = Choice(single, used >= 0, experts, path not in foreign)
+
+        def gathered(matrix: Matrix) -> Matrix:
+            if few:
+                matrix = matrix.map(lambda t, ndim: t.index_select(0, rows) if t.dim() > ndim + experts else t)
+            return choice.effective(matrix) if some_base else matrix
+
+        return gathered
+
+    if not few:
+        stacked = map_leaves(lambda leaf: leaf.index_select(0, rows), stacked)
+    return grouped_weights(adapter, frozen, stacked, groups, take if few or some_base else None)
 
 
 def _read_index(index: Tensor, count: int) -> tuple[Tensor, bool]:
@@ -87,15 +105,3 @@ def _read_index(index: Tensor, count: int) -> tuple[Tensor, bool]:
         raise OptionError(f"index holds {odd}; there are {count} adapters, 0 to {count - 1}, and -1 is the plain base")
     size = gcd(*(len(list(run)) for _, run in groupby(values)))
     return index[::size], BASE in values
-
-
-def _or_base(weights: Weights, chosen: Tensor, foreign: Collection[str]) -> Weights:
-    """Put the base weight where a group has chosen no adapter; `chosen` is a bool for each group."""
-    items = dict(weights)
-    for path, value in weights.items():
-        if isinstance(value, Grouped):
-            layout, base = weights.layouts[path], weights.base[path].to(value.dtype)
-            single = column(base) if value.is_vector else layout.to_matrix(base)
-            choice = Choice(single, chosen, 0 if value.is_vector else len(layout.batch), path not in foreign)
-            items[path] = value.replace(choice.effective(value.matrix))
-    return Weights(items, weights.base, weights.layouts)

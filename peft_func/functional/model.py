@@ -243,7 +243,7 @@ class FunctionalModel:
             weight = weights[name]
             _check_fit(name, weight, own, kinds)
             if isinstance(weight, Operator):
-                if not self._training[name] and weight.matrix.has_dropout:
+                if not self._training[name] and weight.has_dropout:
                     weight = weight.replace(weight.matrix.deterministic())
                 bound[name] = carry(weight)
             else:

@@ -90,17 +90,43 @@ class Grouped(Operator):
 
     A vector (a bias, a norm's weight) is held as a matrix of one column. A tensor of the expression with an axis more
     than it has in a single matrix differs between groups, and has that axis in front.
+
+    With `take`, the axis of `source` is over adapters instead, and `take` gives the matrix of the groups each time that
+    the weight is used: what is gathered for a batch is there for one use only.
     """
 
-    def __init__(self, matrix: Matrix, groups: Groups, layout: Layout, dtype: torch.dtype, path: str) -> None:
+    def __init__(
+        self,
+        source: Matrix,
+        groups: Groups,
+        layout: Layout,
+        dtype: torch.dtype,
+        path: str,
+        take: Callable[[Matrix], Matrix] | None = None,
+    ) -> None:
         single = (prod(layout.shape), 1) if layout.storage is Storage.VECTOR else layout.matrix_shape
-        if matrix.shape not in (single, (groups.count, *single)):
-            raise TreeError(f"{path}: a matrix of shape {matrix.shape} for {groups.count} groups of {single}")
-        self.matrix = matrix
+        if source.shape[-len(single) :] != single or (
+            take is None and source.shape[: -len(single)] not in ((), (groups.count,))
+        ):
+            raise TreeError(f"{path}: a matrix of shape {source.shape} for {groups.count} groups of {single}")
+        self.source = source
+        self.take = take
         self.groups = groups
         self.layout = layout
         self.dtype = dtype
         self.path = path
+
+    @property
+    def matrix(self) -> Matrix:  # type: ignore[override]
+        """The expression over the groups."""
+        return self.source if self.take is None else self.take(self.source)
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.source.has_dropout
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.source.tensors()
 
     @property
     def is_vector(self) -> bool:
@@ -120,9 +146,10 @@ class Grouped(Operator):
 
     def each(self) -> Tensor:
         """Form all of them: `[count, *shape]`."""
+        matrix = self.matrix
         with full_precision(self.device):
-            dense = self.matrix.dense(self.matrix.compute_dtype).to(self.dtype)
-        if len(self.matrix.shape) == (2 if self.is_vector else len(self.layout.matrix_shape)):
+            dense = matrix.dense(matrix.compute_dtype).to(self.dtype)
+        if len(matrix.shape) == (2 if self.is_vector else len(self.layout.matrix_shape)):
             dense = dense.expand(self.groups.count, *dense.shape)
         if self.is_vector:
             return dense.reshape(self.groups.count, *self.layout.shape)
@@ -133,7 +160,7 @@ class Grouped(Operator):
 
     def among(self, groups: Groups) -> "Grouped":
         """Return it for the same groups, of which more is known."""
-        return Grouped(self.matrix, groups, self.layout, self.dtype, self.path)
+        return Grouped(self.source, groups, self.layout, self.dtype, self.path, self.take)
 
     def lengthened(self, groups: Groups) -> "Grouped":
         """Return it for more groups; those behind its own are like the first."""
@@ -156,11 +183,12 @@ class Grouped(Operator):
             axes.append(0 if tensor.dim() > ndim + extra else None)
             return tensor
 
-        tensors = list(self.matrix.map(note).tensors())
+        whole = self.matrix
+        tensors = list(whole.map(note).tensors())
 
         def one(own: Sequence[Tensor]) -> Tensor | Operator:
             rest = iter(own)
-            matrix = self.matrix.map(lambda *_: next(rest))
+            matrix = whole.map(lambda *_: next(rest))
             if self.is_vector:
                 return matrix.dense(self.dtype).reshape(self.layout.shape)
             if isinstance(matrix, Dense):

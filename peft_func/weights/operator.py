@@ -47,12 +47,17 @@ class Operator:
     @property
     def device(self) -> torch.device:
         """The device of its tensors."""
-        return self.matrix.tensors()[0].device
+        return self.tensors()[0].device
 
     @property
     def requires_grad(self) -> bool:
         """Whether any of its tensors requires a gradient."""
-        return any(tensor.requires_grad for tensor in self.matrix.tensors())
+        return any(tensor.requires_grad for tensor in self.tensors())
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether it drops units when it acts."""
+        return self.matrix.has_dropout
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors it is made of, the base weight first."""

@@ -772,7 +772,7 @@ def test_arguments_that_could_be_anything_keep_the_order(seen, other, sorts):
         if isinstance(other, list):
             other = other[0] if isinstance(other[0], torch.Tensor) else torch.tensor(other).unsqueeze(1)
         if isinstance(other, torch.Tensor) and other.shape[-1] == 6:
-            other = other.mean()
+            other = other[:, :4] if other.dim() == 2 and len(other) > 4 else other.mean()
         if isinstance(other, torch.Tensor) and other.dim() == 3:
             other = other[:, 0]
         return y if other is None else y * other

@@ -372,7 +372,6 @@ class Laws:
             grads.append([x.grad, *(leaf.grad for leaf in optree.tree_leaves(leaves))])
         assert close(grads[0], grads[1], GRADS)
 
-
     @given(st.data())
     def test_17_ensemble_is_the_loop(self, data):
         case = data.draw(self.cases())

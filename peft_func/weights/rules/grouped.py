@@ -28,15 +28,20 @@ def groups_of(*values: Any) -> Groups:
     return found.pop()
 
 
-def product(x: Tensor, weight: Any, groups: Groups, what: str, *, flattened: bool = False) -> Tensor:
-    """Return `x M^T`: `[total, *, in]` to `[total, *, out]`, with the matrix of each group, or one of all."""
-    if not isinstance(weight, GroupedCarrier):
-        return F.linear(x, weight)
-    parts = groups.split(x, what, flattened=flattened)
-    if x.dim() < 2:
-        raise RouteError(f"{what} meets a single vector of {tuple(x.shape)} in a batch of {groups.total}")
-    y = stored(weight).linear(parts.flatten(1, -2))
-    return y.reshape(-1, *parts.shape[2:-1], y.shape[-1])
+def product(x: Tensor, weight: Any, bias: Any, groups: Groups, what: str, *, flattened: bool = False) -> Tensor:
+    """Return `x M^T + bias`: `[total, *, in]` to `[total, *, out]`; both may be those of each group, or of all."""
+    shared = None if isinstance(bias, GroupedCarrier) else bias
+    if isinstance(weight, GroupedCarrier):
+        parts = groups.split(x, what, flattened=flattened)
+        if x.dim() < 2:
+            raise RouteError(f"{what} meets a single vector of {tuple(x.shape)} in a batch of {groups.total}")
+        y = stored(weight).linear(parts.flatten(1, -2), shared)
+        y = y.reshape(-1, *parts.shape[2:-1], y.shape[-1])
+    else:
+        y = F.linear(x, weight, shared)
+    if bias is shared:
+        return y
+    return pointwise(torch.add, y, bias, flattened=flattened).to(y.dtype)  # autocast casts a bias to its product
 
 
 def pointwise(function: Callable[..., Tensor], x: Tensor, weight: GroupedCarrier, *, flattened: bool = False) -> Tensor:
@@ -50,14 +55,6 @@ def pointwise(function: Callable[..., Tensor], x: Tensor, weight: GroupedCarrier
     return function(parts, own).flatten(0, 1)
 
 
-def _add(y: Tensor, bias: Any, *, flattened: bool = False) -> Tensor:
-    if bias is None:
-        return y
-    if isinstance(bias, GroupedCarrier):
-        return pointwise(torch.add, y, bias, flattened=flattened).to(y.dtype)  # autocast casts a bias to its product
-    return torch.add(y, bias)
-
-
 @implements(F.linear, rules=GROUP_RULES)
 def linear(input: Tensor, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, Carrier) or weight.dim() != 2:
@@ -65,14 +62,14 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Any:
     groups = groups_of(weight, bias)
     if isinstance(weight, GroupedCarrier) and weight.op.layout.storage is Storage.TRANSPOSED:
         return NotImplemented
-    return _add(product(input, weight, groups, "linear"), bias)
+    return product(input, weight, bias, groups, "linear")
 
 
 @implements(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, rules=GROUP_RULES)
 def matmul(input: Any, other: Any) -> Any:
     if isinstance(input, Carrier) or other.dim() != 2:
         return NotImplemented
-    return product(input, transpose(other), groups_of(other), "matmul")
+    return product(input, transpose(other), None, groups_of(other), "matmul")
 
 
 @implements(torch.addmm, Tensor.addmm, rules=GROUP_RULES)
@@ -82,7 +79,7 @@ def addmm(input: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 
     # HF Conv1D joins the positions of each sample to the batch before this.
     groups = groups_of(input, right)
     transposed = transpose(right) if isinstance(right, Carrier) else right.mT
-    return _add(product(left, transposed, groups, "addmm", flattened=True), input, flattened=True)
+    return product(left, transposed, input, groups, "addmm", flattened=True)
 
 
 @implements(torch.t, Tensor.t, getter("T"), getter("mT"), rules=GROUP_RULES)
