@@ -1,6 +1,7 @@
 """The benchmark of many adapters measures ways that agree, and its tables are its data."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +72,11 @@ def test_the_command_writes_what_it_shows(tmp_path):
     assert all(tables.markdown(entry) in measured.output for entry in record["comparisons"])
     table = CliRunner().invoke(app, ["--show", str(file)], catch_exceptions=False)
     assert "A mixed batch: 8 adapters" in table.output
+
+
+def test_readme_shows_the_recorded_tables():
+    folder = Path(tables.__file__).parents[1]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    record = json.loads((folder / "results" / "many-cpu-2-cores.json").read_text(encoding="utf-8"))
+    for entry in record["comparisons"]:
+        assert tables.markdown(entry) in text
