@@ -109,7 +109,7 @@ def gift(
         (['qkv.q', 'qkv.v'], ['fc1', 'fc2'])
     """
     schema = schema_of(block, options)
-    check_share(share)
+    check_share("gift", share)
     check_flag("gift", "in_projection_bias", in_projection_bias)
     check_flag("gift", "out_projection_bias", out_projection_bias)
     kind = _dtype(dtype)
@@ -123,7 +123,7 @@ def gift(
     described |= {option: value for option, value in further.items() if value}
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
-        places = base_groups(paths, share, model)
+        places = base_groups("gift", paths, share, model)
         sites = sites_of(places, share, described.get("chunks"), model)
         groups = groups_of(sites, rank, model, mixes_tokens=schema.mixes_tokens)
         schema.check_rank(rank)

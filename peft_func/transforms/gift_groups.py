@@ -33,14 +33,14 @@ class Group:
     rows: int
 
 
-def check_share(share: Share) -> None:
+def check_share(method: str, share: Share) -> None:
     """Refuse what is no way to share.
 
     Raises:
         OptionError: names the ways.
     """
     if not isinstance(share, Mapping):
-        check_choice("gift", "share", share, ("target", "all", "none"))
+        check_choice(method, "share", share, ("target", "all", "none"))
 
 
 def check_chunks(chunks: Chunks | None) -> Any:
@@ -66,20 +66,20 @@ def _names(names: Any) -> list[str | None]:
     return list(names)
 
 
-def base_groups(paths: tuple[str, ...], share: Share, model: FunctionalModel) -> dict[str, str]:
+def base_groups(method: str, paths: tuple[str, ...], share: Share, model: FunctionalModel) -> dict[str, str]:
     """Return the group of every place, before fused weights are taken apart.
 
     Raises:
         OptionError: a place is in no group of `share`, or in two; or a group has no place.
     """
-    groups = {path: _group(path, share, model) for path in paths}
+    groups = {path: _group(method, path, share, model) for path in paths}
     for group, where in share.items() if isinstance(share, Mapping) else ():
         if group not in groups.values():
-            raise OptionError(f"gift: the group {group!r} of share, {where!r}, has none of {', '.join(paths[:5])}")
+            raise OptionError(f"{method}: the group {group!r} of share, {where!r}, has none of {', '.join(paths[:5])}")
     return groups
 
 
-def _group(path: str, share: Share, model: FunctionalModel) -> str:
+def _group(method: str, path: str, share: Share, model: FunctionalModel) -> str:
     if share == "all":
         return "all"
     if share == "none":
@@ -92,7 +92,9 @@ def _group(path: str, share: Share, model: FunctionalModel) -> str:
     info = model.infos[path]
     found = [group for group, where in share.items() if as_selector(where)(path, info)]
     if len(found) != 1:
-        raise OptionError(f"gift: {path} must be in one group of share, and is in {found or 'none'} of {list(share)}")
+        raise OptionError(
+            f"{method}: {path} must be in one group of share, and is in {found or 'none'} of {list(share)}"
+        )
     return found[0]
 
 

@@ -90,7 +90,7 @@ def wegeft(
     """
     check_choice(name, "side", side, ("input", "output"))
     check_choice(name, "init", init, ("default", "random"))
-    check_share(share)
+    check_share("wegeft", share)
     alpha = None if alpha is None else check_number(name, "alpha", alpha)
     if not 0.0 <= check_number(name, "dropout", dropout) < 1.0:
         raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
@@ -100,7 +100,7 @@ def wegeft(
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
         layouts = {path: model.layouts[path] for path in paths}
-        groups = base_groups(paths, share, model)
+        groups = base_groups("wegeft", paths, share, model)
         ranks = dict.fromkeys(paths, rank) | per_place(name, "rank_pattern", rank_pattern or {}, paths, model)
         alphas = per_place(name, "alpha_pattern", alpha_pattern or {}, paths, model)
         scales: dict[str, float] = {}
