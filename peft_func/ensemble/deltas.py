@@ -5,15 +5,9 @@ from torch import Tensor
 
 from peft_func.ensemble.factors import wide_dtype
 from peft_func.errors import OptionError
-from peft_func.transforms.bind import Adapter
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Dense, LowRank, Matrix, Sum
 from peft_func.weights.operator import Operator
-
-
-def frozen_of(adapter: Adapter) -> dict[str, Tensor]:
-    """Return the first tree of `adapter.init`: the base weights that do not train."""
-    return {name: tensor for name, tensor in adapter.model.params.items() if name not in adapter.held}
 
 
 def low_rank_terms(matrix: Matrix, base: Tensor) -> list[LowRank] | None:

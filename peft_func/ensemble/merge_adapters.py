@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_func.ensemble.deltas import delta_at, formed, frozen_of
+from peft_func.ensemble.deltas import delta_at, formed
 from peft_func.ensemble.factors import wide_dtype
 from peft_func.ensemble.merge_parts import merge_part
 from peft_func.ensemble.rebuild import Plan, plan_of, rebuild
@@ -106,7 +106,7 @@ def merge_adapters(
             if not torch.isfinite(value).all():
                 raise OptionError(f"merge: {join(keys)} overflows {dtype}; use smaller weights, or a wider dtype")
             insert(tree, keys, value)
-    return result, frozen_of(result), tree
+    return result, result.frozen, tree
 
 
 def check_trees(adapter: Adapter, trees: Any) -> list[Tree]:
@@ -132,7 +132,7 @@ def _sums(
     adapter: Adapter, trees: Sequence[Tree], weights: Sequence[float], paths: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Form base + the weighted sum of what the trees add, one place at a time."""
-    applied = [adapter.apply(frozen_of(adapter), tree) for tree in trees] if paths else []
+    applied = [adapter.apply(adapter.frozen, tree) for tree in trees] if paths else []
     for path in paths:
         total = adapter.model.params[path].to(wide_dtype(adapter.model.params[path]))
         for weight, each in zip(weights, applied, strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from peft_func.ensemble.deltas import delta_at, formed, frozen_of
+from peft_func.ensemble.deltas import delta_at, formed
 from peft_func.ensemble.factors import concatenate, norm
 from peft_func.ensemble.merge_adapters import check_trees
 from peft_func.ensemble.rules import check_weights
@@ -56,8 +56,8 @@ def merge_error(
     numbers = check_weights(len(sources), weights)
     device = next(iter(adapter.model.params.values())).device
     with torch.no_grad(), full_precision(device):
-        applied = [adapter.apply(frozen_of(adapter), tree) for tree in sources]
-        final = merged_adapter.apply(frozen_of(merged_adapter), result)
+        applied = [adapter.apply(adapter.frozen, tree) for tree in sources]
+        final = merged_adapter.apply(merged_adapter.frozen, result)
         errors = {}
         for path in final:
             if all(each[path] is each.base[path] for each in (final, *applied)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_func.ensemble.deltas import delta_at, formed, frozen_of
+from peft_func.ensemble.deltas import delta_at, formed
 from peft_func.ensemble.factors import concatenate, wide_dtype
 from peft_func.ensemble.merge_adapters import check_trees
 from peft_func.ensemble.rules import check_weights
@@ -75,7 +75,7 @@ def mixture(
         check_choice("mixture", "normalize", normalize, ("softmax",))
     start = check_weights(len(sources), init) if init is not None else (0.0,) * len(sources)
     with torch.no_grad(), full_precision(next(iter(adapter.model.params.values())).device):
-        applied = [adapter.apply(frozen_of(adapter), tree) for tree in sources]
+        applied = [adapter.apply(adapter.frozen, tree) for tree in sources]
         places = {path: _place(path, applied) for path in applied[0] if _is_changed(path, applied)}
     layouts = {path: adapter.model.layouts[path] for path in places}
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_func.ensemble.deltas import frozen_of
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter, BoundPart, bind, check_tree
@@ -66,7 +65,7 @@ def pad_ranks(
     columns = {part.keys: [adapter.parts[i] for adapter in adapters] for i, part in enumerate(first.parts)}
     slots = {keys: _slots(parts, trees, first.model) for keys, parts in columns.items() if parts[0].part.kind == "lora"}
     whole = bind(_rebuilt(first.method, columns, slots, ()), first.model)
-    return whole, frozen_of(whole), [_padded(whole, columns, slots, i, tree) for i, tree in enumerate(trees)]
+    return whole, whole.frozen, [_padded(whole, columns, slots, i, tree) for i, tree in enumerate(trees)]
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,7 @@ def load(
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(f"{path} cannot be read as a safetensors file: {error}") from error
-    held = adapter.held
-    return adapter, {name: tensor for name, tensor in model.params.items() if name not in held}, trainable
+    return adapter, adapter.frozen, trainable
 
 
 def fingerprint(model: FunctionalModel) -> dict[str, str]:

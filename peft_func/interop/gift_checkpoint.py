@@ -82,7 +82,7 @@ def load_gift(
     except OptionError as error:
         raise FileFormatError(f"{path} is not for this model, block and layers: {error}") from error
     trainable = _read(path, tensors, adapter, heads, allow_nonfinite=allow_nonfinite)
-    return adapter, {name: tensor for name, tensor in model.params.items() if name not in adapter.held}, trainable
+    return adapter, adapter.frozen, trainable
 
 
 def save_gift(

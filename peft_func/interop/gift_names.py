@@ -76,7 +76,7 @@ def targets_of(part: BoundPart, model: FunctionalModel, layers: Selector | None)
     share = (part.options or {})["share"]
     if isinstance(share, Mapping):
         share = {group: exact(paths) for group, paths in share.items()}
-    groups = base_groups(part.paths, share, model)
+    groups = base_groups("gift", part.paths, share, model)
     targets: dict[str, str] = {}
     for group in dict.fromkeys(groups.values()):
         places = [path for path, own in groups.items() if own == group]

@@ -74,7 +74,7 @@ def load_peft(
     plan, trainable = load_folder(
         Path(folder), model, None, adapter, allow_nonfinite=allow_nonfinite, allow_tied=allow_tied, ignore=ignore
     )
-    return plan.adapter, _frozen(plan.adapter), trainable
+    return plan.adapter, plan.adapter.frozen, trainable
 
 
 def load_peft_many(
@@ -136,7 +136,7 @@ def load_peft_many(
     else:
         with ThreadPoolExecutor(workers) as pool:
             rest = list(pool.map(read, paths[1:]))
-    return plan.adapter, _frozen(plan.adapter), [first, *rest]
+    return plan.adapter, plan.adapter.frozen, [first, *rest]
 
 
 def save_peft(
@@ -224,10 +224,6 @@ def _check_arguments(model: FunctionalModel, adapter: Adapter | None, ignore: Co
         raise OptionError("adapter= is an adapter that is bound to this very model, such as load_peft returns")
     if isinstance(ignore, str):
         raise OptionError(f"ignore is a list of fields; write ignore=[{ignore!r}]")
-
-
-def _frozen(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in adapter.model.params.items() if name not in adapter.held}
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: bytes) -> None:

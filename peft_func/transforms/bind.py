@@ -113,8 +113,12 @@ class Adapter:
             `frozen`: the base weights by name, the same tensors as `model.params`, without those that train.
             `trainable`: `{name of part: {path or group: {leaf: tensor}}}`; new tensors that require no gradient yet.
         """
-        tree, held = self._init(self.model.params, as_key(key))
-        return {name: tensor for name, tensor in self.model.params.items() if name not in held}, tree
+        return self.frozen, self._init(self.model.params, as_key(key))[0]
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The base weights that do not train, the first tree of `init`: a new dict of the model's own tensors."""
+        return {name: tensor for name, tensor in self.model.params.items() if name not in self.held}
 
     def apply(self, frozen: Mapping[str, Tensor], trainable: Mapping[str, Any]) -> Weights:
         """Return the effective weights: pure, cheap (nothing is formed) and differentiable in both trees.

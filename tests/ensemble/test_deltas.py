@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import peft_func as pf
-from peft_func.ensemble.deltas import delta_at, formed, frozen_of
+from peft_func.ensemble.deltas import delta_at, formed
 from tests.ensemble.merging import deltas, every, trees_of
 
 
@@ -13,7 +13,7 @@ def test_low_rank_changes_are_their_factors(where):
     _, model = every()
     adapter = pf.bind(pf.chain(pf.lora(where, rank=2, alpha=3, dropout=0.5), pf.lora(where, rank=1, name="b")), model)
     (tree,) = trees_of(adapter, 1)
-    weights = adapter.apply(frozen_of(adapter), tree)
+    weights = adapter.apply(adapter.frozen, tree)
     (path,) = adapter.parts[0].paths
     terms = delta_at(weights, path)
     assert [(term.A.shape[-2], term.scale, term.dropout) for term in terms] == [(2, 1.5, 0.0), (1, 1.0, 0.0)]
@@ -37,7 +37,7 @@ def test_others_are_formed(method):
     _, model = every()
     adapter = pf.bind(method, model)
     (tree,) = trees_of(adapter, 1)
-    delta = delta_at(adapter.apply(frozen_of(adapter), tree), "linear.weight")
+    delta = delta_at(adapter.apply(adapter.frozen, tree), "linear.weight")
     torch.testing.assert_close(delta, deltas(adapter, tree)["linear.weight"])
 
 
@@ -45,7 +45,7 @@ def test_a_half_precision_difference_is_not_rounded():
     model = pf.functionalize(torch.nn.Linear(4, 3).to(torch.bfloat16))
     adapter = pf.bind(pf.ia3("weight"), model)
     scale = torch.full((3,), 1 + 2**-12)
-    change = delta_at(adapter.apply(frozen_of(adapter), {"ia3": {"weight": {"scale": scale}}}), "weight")
+    change = delta_at(adapter.apply(adapter.frozen, {"ia3": {"weight": {"scale": scale}}}), "weight")
     torch.testing.assert_close(change, model.params["weight"].float() * 2**-12, rtol=1e-2, atol=0)
 
 
