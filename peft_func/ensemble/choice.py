@@ -76,9 +76,11 @@ class Choice:
 
         def draw(base: Matrix, parts: Sequence[Tensor], random: bool) -> Matrix:
             *rest, chosen = parts
-            return choose(Choice(self.base, chosen.bool(), self.experts), matrix.draw(base, rest, random))
+            own = chosen.bool().reshape(chosen.shape[: chosen.dim() - self.experts])
+            return choose(Choice(self.base, own, self.experts), matrix.draw(base, rest, random))
 
-        return Sampled(draw, matrix.base, (*matrix.parts, self.chosen), (*matrix.ndims, 0))
+        chosen = self.chosen.reshape(*self.chosen.shape, *[1] * self.experts)  # every tensor has the axes of experts
+        return Sampled(draw, matrix.base, (*matrix.parts, chosen), (*matrix.ndims, 0))
 
     def _formed(self, matrix: Matrix, other: Tensor) -> Matrix:
         dense = matrix.dense(matrix.compute_dtype)

@@ -7,7 +7,7 @@ from torch import nn
 import peft_func as pf
 from peft_func.ensemble.choice import Choice
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Product, Sum
-from tests.zoo import randn
+from tests.zoo import ZOO, randn
 
 CHOSEN = torch.tensor([True, False, True])
 
@@ -89,3 +89,14 @@ def test_a_drawn_matrix_stays_drawn_beside_the_base():
     trees = pf.unstack(stacked)
     for i, k in ((0, 0), (2, 1)):
         assert torch.allclose(calm[i], model.eval()(adapter.apply(frozen, trees[k]), x)[i], atol=1e-10)
+
+
+def test_a_drawn_matrix_of_experts_beside_the_base():
+    model = pf.functionalize(ZOO["experts"].build())
+    adapter = pf.bind(pf.wegeft(".*", rank=1, share="none", dropout=0.5), model)
+    frozen, start = adapter.init(0)
+    tree = pf.map_leaves(lambda leaf: leaf + 0.3, start)
+    x = randn(2, 6)
+    mixed = model(pf.route(adapter, frozen, pf.stack([tree]), torch.tensor([0, -1])), x)
+    assert torch.allclose(mixed[:1], model(adapter.apply(frozen, tree), x[:1]), atol=1e-10)
+    assert torch.allclose(mixed[1:], model(model.params, x[1:]), atol=1e-12)
