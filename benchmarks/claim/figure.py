@@ -22,11 +22,18 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             continue
         color = "C3" if found["name"].startswith(("GIFT", "WeGeFT")) else "C0"
         axes.errorbar(found["trained"], accuracy, yerr=spread, fmt="o", color=color, capsize=3)
-        axes.annotate(found["name"], (found["trained"], accuracy), xytext=(6, 5), textcoords="offset points",
-                      fontsize=8)  # fmt: skip
+        left = color == "C3" or found["trained"] == max(other["trained"] for other in results)
+        axes.annotate(
+            found["name"],
+            (found["trained"], accuracy),
+            xytext=(-6 if left else 6, 5),
+            ha="right" if left else "left",
+            textcoords="offset points",
+            fontsize=8,
+        )
     axes.set_xscale("log")
     axes.set_xlabel("numbers trained besides the head")
     axes.set_ylabel("accuracy on held-out docstrings, %")
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

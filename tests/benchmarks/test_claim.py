@@ -1,5 +1,7 @@
 """The claim's script: real sentences, members that are those trained alone, a table and a picture of its data."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -87,3 +89,9 @@ def test_the_head_reads_the_mean_of_what_is_not_masked():
         net.head.weight.copy_(torch.eye(2))
     mask = torch.tensor([[1, 1, 0]])
     assert net(torch.tensor([[1, 3, 9]]), mask).tolist() == [[2.0, 4.0]]
+
+
+def test_the_docs_show_the_recorded_table():
+    root = Path(__file__).parents[2]
+    record = json.loads((root / "benchmarks" / "results" / "claim.json").read_text(encoding="utf-8"))
+    assert markdown(record["results"]).strip() in (root / "docs" / "claim.md").read_text(encoding="utf-8")
