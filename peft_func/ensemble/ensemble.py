@@ -55,8 +55,8 @@ class Ensemble:
 
         Raises:
             TreeError: the tree is no stack, or an argument has not one entry for each member.
-        RouteError: `how="fold"`, and the model does not keep the batch on the leading axis, or cannot be seen to;
-            or the model returns objects that hold tensors and are no pytrees.
+            RouteError: `how="fold"`, and the model does not keep the batch on the leading axis, or cannot be seen to;
+                or the model returns objects that hold tensors and are no pytrees.
         """
         count = count_members(self.adapter, stacked)
         mapped = self._mapped(count, args, kwargs)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_func.errors import TreeError
 from peft_func.functional.model import FunctionalModel
@@ -45,19 +45,7 @@ def count_members(adapter: Adapter, stacked: Mapping[str, Any]) -> int:
 
 def groups_in(model: FunctionalModel, count: int, size: int) -> Groups:
     """Return groups of a batch of this model."""
-    # Modules of torch use their own matrices as matrices, but for an embedding's, which a model may read as it is.
-    loose = [
-        tensor
-        for name, tensor in model.params.items()
-        if any(
-            kind is nn.Embedding or not kind.__module__.startswith("torch.nn.") for kind in model.infos[name].modules
-        )
-    ]
-    weights, tables = (
-        frozenset(tuple(tensor.shape) for tensor in tensors if tensor.dim())
-        for tensors in (model.params.values(), (*loose, *model.state.values()))
-    )
-    return Groups(count, size, weights, tables)
+    return Groups(count, size, model.weight_shapes, model.table_shapes)
 
 
 def grouped_weights(

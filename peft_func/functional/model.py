@@ -59,6 +59,8 @@ class FunctionalModel:
         layouts: how each parameter is stored.
         mixing_norm: the path of a module that normalises over the batch it meets (BatchNorm in train mode), or None.
         batch_second: the path of a module whose activations have the batch on their second axis, or None.
+        weight_shapes: those of all parameters, without scalars.
+        table_shapes: those of the parameters and buffers that the model may use as activations (queries, positions).
         sights: the kinds of calls that have shown the batch to be the leading axis; see `call_routed`.
     """
 
@@ -88,6 +90,7 @@ class FunctionalModel:
             )
         ]
 
+        self.weight_shapes, self.table_shapes = _shapes(params.values()), _shapes((*self._loose(), *state.values()))
         self._padded = [name for name in params if name not in self._renormed and self._pads(name)]
 
     def __call__(self, weights: Mapping[str, Tensor | Operator], *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +228,13 @@ class FunctionalModel:
         owner = self._owner(name)
         return isinstance(owner, nn.Embedding) and owner.padding_idx is not None and not owner.scale_grad_by_freq
 
+    def _loose(self) -> Iterable[Tensor]:
+        # Modules of torch use their own matrices as matrices, but for an embedding's, which a model may read as it is.
+        for name, tensor in self.params.items():
+            kinds = self.infos[name].modules
+            if any(kind is nn.Embedding or not kind.__module__.startswith("torch.nn.") for kind in kinds):
+                yield tensor
+
     def _info(self, name: str) -> Info:
         aliases = tuple(alias for alias, target in self.ties.items() if target == name)
         owners = dict.fromkeys(type(self._owner(path)) for path in (name, *aliases))
@@ -305,6 +315,10 @@ def _mapped_like(values: Iterable[Any], buffers: Mapping[str, Tensor]) -> dict[s
                 # zeros_like has no graph and no values, but is mapped wherever its argument is.
                 zero = zero + torch.zeros_like(tensor.detach().flatten()[:1], dtype=zero.dtype, device="cpu").sum()
     return {name: buffer + zero.to(buffer.device, buffer.dtype) for name, buffer in buffers.items()}
+
+
+def _shapes(tensors: Iterable[Tensor]) -> frozenset[tuple[int, ...]]:
+    return frozenset(tuple(tensor.shape) for tensor in tensors if tensor.dim())
 
 
 def _name_difference(
