@@ -113,7 +113,7 @@ class Ensemble:
             return f"{self.model.mixing_norm!r} normalises over the batch, which would be that of all members"
         if self.model.batch_second is not None:
             return f"{self.model.batch_second!r} has the batch on its second axis"
-        if self.randomness == "same" and self.model._trains:
+        if self.randomness == "same" and self.model.trains:
             return "members that are folded into the batch cannot share the masks of dropout"
         size = _batch_size(flat)
         if size is None:

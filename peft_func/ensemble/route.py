@@ -66,23 +66,26 @@ def route(adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, 
     used, some_base = _read_index(index, count)
     groups = groups_in(adapter.model, len(used), len(index) // len(used))
     used = used.to(next(tensor.device for _, tensor in leaves(stacked)))
-    rows = used.clamp_min(0)
-    # A method of the user's may give a constant; the library's own leave the base or change it.
-    foreign = {path for part in adapter.parts if part.part.kind is None for path in part.seen}
-    layouts, base = adapter.model.layouts, {**adapter.model.params, **frozen}
+    rows, chosen = used.clamp_min(0), used >= 0
     few = count <= len(used)  # then what a method computes for each adapter is computed once, and gathered where used
+    layouts = adapter.model.layouts
+    # A method of the user's may give a constant; the library's own leave the base or change it.
+    foreign = {path for part in adapter.parts if part.part.kind is None for path in part.seen} if some_base else set()
+
+    def choice_at(path: str, dtype: torch.dtype) -> Choice:
+        own = frozen.get(path, adapter.model.params[path]).to(dtype)
+        vector = layouts[path].storage is Storage.VECTOR
+        single = column(own) if vector else layouts[path].to_matrix(own)
+        return Choice(single, chosen, 0 if vector else len(layouts[path].batch), path not in foreign)
 
     def take(path: str, dtype: torch.dtype) -> Callable[[Matrix], Matrix]:
-        vector = layouts[path].storage is Storage.VECTOR
-        experts = 0 if vector else len(layouts[path].batch)
-        own = base[path].to(dtype)
-        single = column(own) if vector else layouts[path].to_matrix(own)
-        choice = Choice(single, used >= 0, experts, path not in foreign)
+        choice = choice_at(path, dtype) if some_base else None
+        experts = 0 if layouts[path].storage is Storage.VECTOR else len(layouts[path].batch)
 
         def gathered(matrix: Matrix) -> Matrix:
             if few:
                 matrix = matrix.map(lambda t, ndim: t.index_select(0, rows) if t.dim() > ndim + experts else t)
-            return choice.effective(matrix) if some_base else matrix
+            return matrix if choice is None else choice.effective(matrix)
 
         return gathered
 

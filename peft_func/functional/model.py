@@ -59,6 +59,7 @@ class FunctionalModel:
         layouts: how each parameter is stored.
         mixing_norm: the path of a module that normalises over the batch it meets (BatchNorm in train mode), or None.
         batch_second: the path of a module whose activations have the batch on their second axis, or None.
+        trains: whether any of its modules is in train mode.
         weight_shapes: those of all parameters, without scalars.
         table_shapes: those of the parameters and buffers that the model may use as activations (queries, positions).
         sights: the kinds of calls that have shown the batch to be the leading axis; see `call_routed`.
@@ -79,7 +80,7 @@ class FunctionalModel:
         self.infos = {name: self._info(name) for name in params}
         self.layouts: dict[str, Layout] = {name: layout_of(info) for name, info in self.infos.items()}
         self._encoders = [path for path, part in root.named_modules() if isinstance(part, nn.TransformerEncoder)]
-        self._trains = any(module.training for module in root.modules())
+        self.trains = any(module.training for module in root.modules())
         self.mixing_norm, self.batch_second = mixing_norm(root), batch_second(root)
         self._training = {name: self._owner(name).training for name in params}
         self._renormed = [
@@ -135,7 +136,7 @@ class FunctionalModel:
         if state.keys() != self.state.keys():
             raise NameMismatchError(_name_difference("state", state, self.state))
         buffers = {name: tensor.clone() for name, tensor in state.items()}
-        if buffers and self._trains and torch._C._functorch.peek_interpreter_stack() is not None:
+        if buffers and self.trains and torch._C._functorch.peek_interpreter_stack() is not None:
             given = (tensor for name, tensor in bound.items() if tensor is not self.params[name])
             buffers = _mapped_like((*given, *args, *kwargs.values()), buffers)
         if torch.compiler.is_compiling():

@@ -30,7 +30,7 @@ from typing import Any
 from peft_func.errors import FileFormatError, MissingExtraError, OptionError, PeftFuncError
 from peft_func.interop.atomic import renamed_into
 from peft_func.interop.checks import at, check_from, describe_check, one_of
-from peft_func.interop.files import _KINDS
+from peft_func.interop.files import KINDS
 from peft_func.transforms.first_match import Cap, FirstMatch, first_match, parameter
 from peft_func.transforms.transform import Chain, Deferred, Method, Part, chain
 from peft_func.trees.select import Info, Selector, as_selector
@@ -132,7 +132,7 @@ def _method(found: Any, key: str, where: Selector | None) -> Method:
     if len(found) != 1:
         raise OptionError(f"{at(key)}a method is a mapping of one name to its options, not of {list(found)!r:.80}")
     (kind,) = found
-    one_of(kind, (*_KINDS, *_GROUPS), key)
+    one_of(kind, (*KINDS, *_GROUPS), key)
     inner = f"{key}.{kind}".lstrip(".")
     options = dict(_mapping(found[kind] or {}, inner))
     for name in options:
@@ -146,14 +146,14 @@ def _method(found: Any, key: str, where: Selector | None) -> Method:
     if isinstance(options.get("share"), Mapping):
         shares = options["share"].items()
         options["share"] = {group: check_from(each, f"{inner}.share.{group}") for group, each in shares}
-    return _built(_KINDS[kind], inner, place, **options)
+    return _built(KINDS[kind], inner, place, **options)
 
 
 def known_options(kind: str) -> list[str]:
     """Return the options that a method has; none if it checks them itself."""
     if kind == "dora":
         return known_options("lora")  # to which it hands them
-    known = inspect.signature(_KINDS[kind]).parameters.values()
+    known = inspect.signature(KINDS[kind]).parameters.values()
     return [] if any(each.kind is each.VAR_KEYWORD for each in known) else [each.name for each in known]
 
 
@@ -200,9 +200,9 @@ def _describe(method: Method) -> dict[str, Any]:
         return {"first_match": [_describe_cap(cap) for cap in method.caps], **roots, **named}
     if isinstance(method, Chain) and not isinstance(method, Deferred):
         return {"chain": [_describe(part) for part in method.parts], **named}
-    if not isinstance(method, Part) or method.kind not in _KINDS:
+    if not isinstance(method, Part) or method.kind not in KINDS:
         raise OptionError(f"{method.name!r} is a method of your own, which no description can hold")
-    usual = _KINDS[method.kind](_Here())
+    usual = KINDS[method.kind](_Here())
     usually = {"name": usual.name, **(usual.options or {})}
     options = {"name": method.name, **(method.options or {}), **_patterns(method)}
     if isinstance(options.get("share"), Mapping):

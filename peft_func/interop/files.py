@@ -35,7 +35,7 @@ VERSION = 1
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 # Only these can be built from a file; nothing in a file is imported or executed.
-_KINDS: dict[str, Callable[..., Part]] = {
+KINDS: dict[str, Callable[..., Part]] = {
     "dora": dora,
     "gift": gift,
     "ia3": ia3,
@@ -163,8 +163,8 @@ def _rebuild(path: object, described: Any, model: FunctionalModel) -> Method:
             f"{path} holds a method of its writer's own ({name!r}), which a file cannot rebuild; "
             "give it: pf.load(path, model, method=...)"
         )
-    if kind not in _KINDS:
-        raise FileFormatError(f"{path} holds a method {kind!r}; this version knows {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise FileFormatError(f"{path} holds a method {kind!r}; this version knows {', '.join(KINDS)}")
     options = dict(described["options"])
     # A file speaks of parameters by name: no regex of a stranger's is ever compiled.
     if isinstance(options.get("share"), dict):
@@ -172,7 +172,7 @@ def _rebuild(path: object, described: Any, model: FunctionalModel) -> Method:
     for pattern in ("rank_pattern", "alpha_pattern"):
         if pattern in options:
             options[pattern] = ByPath(options[pattern])
-    return _KINDS[kind](exact(places), **options, name=name)
+    return KINDS[kind](exact(places), **options, name=name)
 
 
 def _read_meta(path: object, metadata: Mapping[str, str]) -> dict[str, Any]:

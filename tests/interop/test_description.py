@@ -15,7 +15,7 @@ from torch import nn
 import peft_func as pf
 from peft_func.interop import description
 from peft_func.interop.checks import check_from, describe_check
-from peft_func.interop.files import _KINDS
+from peft_func.interop.files import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,17 +150,17 @@ OPTIONS = {
 LOW_RANK = {"rank": 3, "alpha": 5, "rank_pattern": {"fc1": 1}, "alpha_pattern": {"fc2": 2.5}}
 
 
-@pytest.mark.parametrize("kind", sorted(_KINDS))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_no_option_is_lost(kind):
     known = description.known_options(kind)
     options = OPTIONS.get(kind, {"name": "mine", **{name: value for name, value in LOW_RANK.items() if name in known}})
-    method = _KINDS[kind](["fc1", "fc2"], **options)
+    method = KINDS[kind](["fc1", "fc2"], **options)
     again = pf.method_from(pf.describe(method))
     assert pf.bind(again, MODEL).parts[0].options == pf.bind(method, MODEL).parts[0].options
     assert again.name == "mine"
     for option, value in options.items():
-        pf.describe(_KINDS[kind](["fc1", "fc2"], **{option: value}))  # each by itself
-        found = pf.describe(_KINDS[kind](["fc1", "fc2"], **{option: value}))[kind]
+        pf.describe(KINDS[kind](["fc1", "fc2"], **{option: value}))  # each by itself
+        found = pf.describe(KINDS[kind](["fc1", "fc2"], **{option: value}))[kind]
         assert option in found, f"{option} is lost"
 
 
