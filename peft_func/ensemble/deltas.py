@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from peft_func.ensemble.factors import wide_dtype
+from peft_func.ensemble.values import wide_dtype
 from peft_func.errors import OptionError
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Dense, LowRank, Matrix, Sum

@@ -7,17 +7,12 @@ the small core T_B T_A^T, so that a truncated SVD costs O((out + in) R^2); it is
 """
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
 
+from peft_func.ensemble.values import wide_dtype
 from peft_func.weights.matrix import LowRank
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: that of all the tensors together, float32 at least."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def concatenate(terms: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

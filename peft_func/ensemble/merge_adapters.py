@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from peft_func.ensemble.deltas import delta_at, formed
-from peft_func.ensemble.factors import wide_dtype
 from peft_func.ensemble.merge_parts import merge_part
 from peft_func.ensemble.rebuild import Plan, plan_of, rebuild
 from peft_func.ensemble.rules import check_merge
+from peft_func.ensemble.values import wide_dtype
 from peft_func.errors import OptionError, TreeError
 from peft_func.transforms.bind import Adapter, bind, check_tree
 from peft_func.trees.keys import Key

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from peft_func.ensemble.deltas import delta_at
-from peft_func.ensemble.factors import wide_dtype
 from peft_func.ensemble.rules import Merge
+from peft_func.ensemble.values import wide_dtype
 from peft_func.errors import OptionError
 from peft_func.transforms.bind import Adapter, BoundPart
 from peft_func.trees.paths import Keys, Tree, join, leaves

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from peft_func.ensemble.deltas import delta_at, formed
-from peft_func.ensemble.factors import concatenate, wide_dtype
+from peft_func.ensemble.factors import concatenate
 from peft_func.ensemble.merge_adapters import check_trees
 from peft_func.ensemble.rules import check_weights
+from peft_func.ensemble.values import wide_dtype
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_func.ensemble.factors import concatenate, fit, inner, rejoin, truncate, wide_dtype
+from peft_func.ensemble.factors import concatenate, fit, inner, rejoin, truncate
 from peft_func.ensemble.interpolate import slerp_weights
 from peft_func.ensemble.sparsify import Rule
 from peft_func.ensemble.subspace import knots
+from peft_func.ensemble.values import wide_dtype
 from peft_func.errors import OptionError
 from peft_func.transforms.options import check_choice, check_number
 from peft_func.trees.keys import Key, as_key

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from peft_func.ensemble.factors import effective_rank, wide_dtype
+from peft_func.ensemble.factors import effective_rank
 from peft_func.ensemble.sparsify import Rule
+from peft_func.ensemble.values import wide_dtype
 from peft_func.weights.matrix import LowRank
 
 

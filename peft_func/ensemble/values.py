@@ -1,5 +1,7 @@
 """Looking at tensors' values, where that can be done, and the precision to compute in."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ def readable() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and not torch.compiler.is_compiling()
 
 
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: that of all the tensors together, float32 at least."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return a floating-point tensor in float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide_dtype(tensor))

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_func.ensemble.factors import concatenate, decompose, effective_rank, fit, inner, norm, truncate, wide_dtype
+from peft_func.ensemble.factors import concatenate, decompose, effective_rank, fit, inner, norm, truncate
+from peft_func.ensemble.values import wide_dtype
 from peft_func.weights.matrix import LowRank
 
 
