@@ -33,6 +33,7 @@ from peft_func.ensemble.training import clip_members as clip_members
 from peft_func.ensemble.training import hold_members as hold_members
 from peft_func.ensemble.training import member_grads as member_grads
 from peft_func.ensemble.training import scale_members as scale_members
+from peft_func.errors import AttributeRefusedError as AttributeRefusedError
 from peft_func.errors import DensifyError as DensifyError
 from peft_func.errors import FileFormatError as FileFormatError
 from peft_func.errors import LeakError as LeakError
@@ -71,6 +72,7 @@ from peft_func.report.table import Table as Table
 from peft_func.report.table import table as table
 from peft_func.report.tour import Tour as Tour
 from peft_func.report.tour import tour as tour
+from peft_func.training.adapted import Adapted as Adapted
 from peft_func.transforms.bind import Adapter as Adapter
 from peft_func.transforms.bind import bind as bind
 from peft_func.transforms.dora import dora as dora

@@ -47,3 +47,7 @@ class FileFormatError(PeftFuncError, OSError):
 
 class MissingExtraError(PeftFuncError, ImportError):
     """An optional dependency is not installed."""
+
+
+class AttributeRefusedError(PeftFuncError, AttributeError):
+    """An attribute of a module that cannot be reached through a pure function of it."""

@@ -8,12 +8,13 @@ because the weights stay bound, activation checkpointing recomputes with them wh
 import copy
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -29,6 +30,7 @@ class Skeleton:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._modules = list(root.modules())
+        self._handles = _handles(self._modules)
         number = {module: i for i, module in enumerate(self._modules)}
         names: dict[int, str] = {}
         for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
@@ -67,7 +69,7 @@ class Skeleton:
                 # Lists of blocks, bound methods and the like must speak of the clone, and what is appended to a list
                 # must not reach the next call.
                 if memo is None:
-                    memo = {id(old): new for old, new in zip(self._modules, made, strict=True)}
+                    memo = {**self._handles, **{id(old): new for old, new in zip(self._modules, made, strict=True)}}
                 contents[key] = copy.deepcopy(contents[key], memo)
         return made[0]
 
@@ -88,7 +90,7 @@ def _is_mutable(value: object) -> bool:
 
 def structural_copy(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module with its parameters and buffers on meta; ties and shared modules are kept."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = _handles(module.modules())
     for part in module.modules():
         for param in part._parameters.values():
             if param is not None and id(param) not in memo:
@@ -98,6 +100,13 @@ def structural_copy(module: nn.Module) -> nn.Module:
                 memo[id(buffer)] = _hollow(buffer)
     with _ShareTensors():
         return copy.deepcopy(module, memo)
+
+
+def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """Return the handles of hooks that modules keep in attributes, by id: deepcopy cannot copy them, nor need it."""
+    kept = (value for module in modules for key, value in vars(module).items() if key not in _REGISTRIES)
+    handles = (item for value in kept for item in (value if isinstance(value, list | tuple) else (value,)))
+    return {id(handle): handle for handle in handles if isinstance(handle, RemovableHandle)}
 
 
 def _hollow(tensor: Tensor) -> Tensor:

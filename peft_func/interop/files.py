@@ -78,7 +78,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, trainable: Mapping[str,
     tensors = {names[keys]: _storable(names[keys], tensor) for keys, tensor in leaves(trainable)}
     meta = {
         "version": VERSION,
-        "method": _describe(adapter.method, adapter),
+        "method": method_as_data(adapter.method, adapter),
         "base": fingerprint(adapter.model),
     }
     # One key only: safetensors does not keep the order of several, and the bytes would differ between two runs.
@@ -137,19 +137,25 @@ def fingerprint(model: FunctionalModel) -> dict[str, str]:
     return {what: hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest() for what, rows in lines.items()}
 
 
-def _describe(method: Method, adapter: Adapter, prefix: Keys = ()) -> Any:
-    """Return a method as JSON; its selectors are replaced by the names that they chose."""
+def method_as_data(method: Method, adapter: Adapter, prefix: Keys = ()) -> Any:
+    """Return a bound adapter's method as JSON; its selectors are replaced by the names that they chose."""
     if isinstance(method, Chain):
         inner = prefix if method.name is None else (*prefix, method.name)
-        return {"chain": [_describe(part, adapter, inner) for part in method.parts], "name": method.name}
+        return {"chain": [method_as_data(part, adapter, inner) for part in method.parts], "name": method.name}
     (bound,) = (part for part in adapter.parts if part.keys == (*prefix, method.name))
     places = {path: list(adapter.model.params[path].shape) for path in bound.paths}
     return {"kind": method.kind, "name": method.name, "options": bound.options, "places": places}
 
 
-def _rebuild(path: object, described: Any, model: FunctionalModel) -> Method:
+def method_of_data(path: object, described: Any, model: FunctionalModel) -> Method:
+    """Return the method that `method_as_data` described, for the same model.
+
+    Raises:
+        FileFormatError: it is not for this model, or unknown; the message begins with `path`.
+        OptionError: it is a user's own.
+    """
     if "chain" in described:
-        return chain(*(_rebuild(path, part, model) for part in described["chain"]), name=described["name"])
+        return chain(*(method_of_data(path, part, model) for part in described["chain"]), name=described["name"])
     kind, name, places = described["kind"], described["name"], described["places"]
     for place, shape in places.items():
         if place not in model.params:
@@ -190,9 +196,9 @@ def _read_meta(path: object, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _rebind(path: object, meta: Mapping[str, Any], model: FunctionalModel, method: Method | None) -> Adapter:
     try:
-        rebuilt = _rebuild(path, meta["method"], model) if method is None else method
+        rebuilt = method_of_data(path, meta["method"], model) if method is None else method
         adapter = bind(rebuilt, model)
-        described, base = _describe(adapter.method, adapter), dict(meta["base"])
+        described, base = method_as_data(adapter.method, adapter), dict(meta["base"])
     except FileFormatError:
         raise
     except _MALFORMED as error:

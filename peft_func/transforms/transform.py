@@ -1,5 +1,6 @@
 """A method is two pure functions at chosen places, or a chain of such."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -129,7 +130,11 @@ def on(where: Where, transform: Transform, *, name: str) -> Part:
     """
     if not isinstance(transform, Transform):
         raise OptionError(f"on takes a pf.Transform(init, apply), not a {type(transform).__name__}")
-    return Part(where, lambda paths, model: transform, check_name(name), matrices=False)
+    return Part(where, functools.partial(_as_given, transform), check_name(name), matrices=False)
+
+
+def _as_given(transform: Transform, paths: tuple[str, ...], model: FunctionalModel) -> Transform:
+    return transform
 
 
 def chain(*methods: Method, name: str | None = None) -> Chain:
