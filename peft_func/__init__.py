@@ -1,5 +1,13 @@
 """Parameter-efficient fine-tuning as pure functions over trees of weights."""
 
+from peft_func.addins.across import across as across
+from peft_func.addins.around import after as after
+from peft_func.addins.around import around as around
+from peft_func.addins.around import before as before
+from peft_func.addins.export import export_module as export_module
+from peft_func.addins.modules import Built as Built
+from peft_func.addins.modules import built as built
+from peft_func.addins.place import Place as Place
 from peft_func.ensemble.ensemble import Ensemble as Ensemble
 from peft_func.ensemble.ensemble import ensemble as ensemble
 from peft_func.ensemble.fisher import fisher as fisher
@@ -33,6 +41,7 @@ from peft_func.ensemble.training import clip_members as clip_members
 from peft_func.ensemble.training import hold_members as hold_members
 from peft_func.ensemble.training import member_grads as member_grads
 from peft_func.ensemble.training import scale_members as scale_members
+from peft_func.errors import AddinError as AddinError
 from peft_func.errors import AttributeRefusedError as AttributeRefusedError
 from peft_func.errors import DensifyError as DensifyError
 from peft_func.errors import FileFormatError as FileFormatError
@@ -45,6 +54,7 @@ from peft_func.errors import PeftFuncError as PeftFuncError
 from peft_func.errors import RouteError as RouteError
 from peft_func.errors import SelectorError as SelectorError
 from peft_func.errors import TreeError as TreeError
+from peft_func.errors import UnusedAddinWarning as UnusedAddinWarning
 from peft_func.functional.model import FunctionalModel as FunctionalModel
 from peft_func.functional.model import functionalize as functionalize
 from peft_func.functional.observe import Observed as Observed
@@ -72,6 +82,7 @@ from peft_func.report.table import Table as Table
 from peft_func.report.table import table as table
 from peft_func.report.tour import Tour as Tour
 from peft_func.report.tour import tour as tour
+from peft_func.training import lightning as lightning
 from peft_func.training.adapted import Adapted as Adapted
 from peft_func.transforms.bind import Adapter as Adapter
 from peft_func.transforms.bind import bind as bind

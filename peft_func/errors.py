@@ -1,4 +1,4 @@
-"""Every error of the library: a `PeftFuncError`, and the built-in that fits as well."""
+"""Every error of the library, a `PeftFuncError` and the built-in that fits as well; and its warnings."""
 
 
 class PeftFuncError(Exception):
@@ -51,3 +51,11 @@ class MissingExtraError(PeftFuncError, ImportError):
 
 class AttributeRefusedError(PeftFuncError, AttributeError):
     """An attribute of a module that cannot be reached through a pure function of it."""
+
+
+class AddinError(PeftFuncError, ValueError):
+    """An add-in that cannot be where it is put, or an operation that knows weights only."""
+
+
+class UnusedAddinWarning(UserWarning):
+    """A call of the model did not run a module that has an add-in."""

@@ -109,6 +109,8 @@ class Ensemble:
 
     def _against_folding(self, flat: list[tuple[Any, bool]]) -> str | None:
         """Say why the members cannot be joined to the batch, as far as that can be seen before the call."""
+        if self.adapter.arounds:
+            return "add-ins are functions of one member's activations"
         if self.model.mixing_norm is not None:
             return f"{self.model.mixing_norm!r} normalises over the batch, which would be that of all members"
         if self.model.batch_second is not None:

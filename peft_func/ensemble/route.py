@@ -15,6 +15,7 @@ from torch import Tensor
 from peft_func.ensemble.choice import Choice
 from peft_func.ensemble.members import count_members, grouped_weights, groups_in
 from peft_func.errors import OptionError
+from peft_func.functional.grouped_around import grouped_around
 from peft_func.transforms.bind import Adapter
 from peft_func.trees.paths import leaves, map_leaves
 from peft_func.weights.groups import column
@@ -59,10 +60,9 @@ def route(adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, 
         >>> stacked = pf.stack([tree, pf.map_leaves(lambda t: 2 * t, tree)])
         >>> x = torch.ones(3, 4)
         >>> y = model(pf.route(adapter, frozen, stacked, torch.tensor([1, 0, -1])), x)
-        >>> torch.allclose(y[:2], torch.stack([model(adapter.apply(frozen, t), x[0]) for t in pf.unstack(stacked)][::-1]))
-        True
-        >>> torch.allclose(y[2], model(model.params, x[2]))
-        True
+        >>> alone = [adapter.apply(frozen, tree) for tree in reversed(pf.unstack(stacked))] + [model.params]
+        >>> [torch.allclose(y[i], model(weights, x[i])) for i, weights in enumerate(alone)]
+        [True, True, True]
     """
     count = count_members(adapter, stacked)
     used, some_base = _read_index(index, count)
@@ -91,9 +91,12 @@ def route(adapter: Adapter, frozen: Mapping[str, Tensor], stacked: Mapping[str, 
 
         return gathered
 
-    if not few:
-        stacked = map_leaves(lambda leaf: leaf.index_select(0, rows), stacked)
-    return grouped_weights(adapter, frozen, stacked, groups, take if few or some_base else None)
+    each = map_leaves(lambda leaf: leaf.index_select(0, rows), stacked) if not few or adapter.arounds else stacked
+    weights = grouped_weights(adapter, frozen, stacked if few else each, groups, take if few or some_base else None)
+    if adapter.arounds:
+        arounds = adapter.surroundings(each)
+        return weights.surrounded(grouped_around(around, groups, chosen if some_base else None) for around in arounds)
+    return weights
 
 
 def _read_index(index: Tensor, count: int) -> tuple[Tensor, bool]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from peft_func.errors import RouteError
 from peft_func.weights.groups import Grouped, Groups, spare_groups
+from peft_func.weights.mapping import Weights
+from peft_func.weights.merge import arounds_of
 from peft_func.weights.operator import Operator
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ def is_mapped(tensor: Tensor) -> bool:
 
 def groups_among(weights: Mapping[str, Tensor | Operator]) -> Groups | None:
     """Return the groups that these weights are for, if they differ along the batch at all."""
-    return next((value.groups for value in weights.values() if isinstance(value, Grouped)), None)
+    found = next((value.groups for value in weights.values() if isinstance(value, Grouped)), None)
+    return found or next((around.groups for around in arounds_of(weights) if around.groups is not None), None)
 
 
 def call_routed(
@@ -78,6 +81,8 @@ def call_routed(
         raise _no_batch(groups, shapes)
     # A call in which the length of the batch is like no other shows that the batch is the leading axis wherever these
     # weights are used. So it is in a batch of any length, also if that is the length of a sequence by chance.
+    if any(around.groups is not None for around in arounds_of(weights)):
+        return _call_mapped(model, weights, groups, args, kwargs)
     places = tuple(name for name, value in weights.items() if isinstance(value, Grouped))
     sight = (groups.size, places, tuple((-1, *shape[1:]) if shape[0] == groups.total else shape for shape in shapes))
     ambiguous = spare_groups(groups.count, groups.size, _others(shapes, groups)) > 0
@@ -170,12 +175,19 @@ def _call_mapped(
     apart = {name: value.take_apart() for name, value in weights.items() if isinstance(value, Grouped)}
     axes = [axis for _, some, _ in apart.values() for axis in some]
     every = [tensor for tensors, _, _ in apart.values() for tensor in tensors]
+    trees = [{} if around.groups is None else around.tree for around in arounds_of(weights)]
+    tensors_around, trees_spec = pytree.tree_flatten(trees)
+    axes, every = axes + [0] * len(tensors_around), every + tensors_around
 
     def one(tensors: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
         rest, own = list(tensors), dict(weights)
         for name, (mine, _, build) in apart.items():
             own[name] = build(rest[: len(mine)])
             del rest[: len(mine)]
+        if isinstance(weights, Weights):
+            mapped = zip(weights.arounds, pytree.tree_unflatten(rest, trees_spec), strict=True)
+            arounds = tuple(a if a.groups is None else replace(a, tree=tree, groups=None) for a, tree in mapped)
+            own = Weights(own, weights.base, weights.layouts, arounds)
         return call(own, *args, **kwargs)
 
     def split(leaf: Any) -> Any:

@@ -8,15 +8,18 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from peft_func.errors import NameMismatchError, OptionError, TreeError
+from peft_func.errors import NameMismatchError, OptionError
 from peft_func.functional.attention import attention_in_transforms
+from peft_func.functional.checks import check_fit, name_difference
 from peft_func.functional.grouped import batch_second, call_routed, groups_among, is_mapped, mixing_norm
 from peft_func.functional.refuse import check_module
 from peft_func.functional.skeleton import Skeleton, structural_copy
-from peft_func.trees.select import Info, nearest
+from peft_func.functional.surround import Hosts, surround, warn_of_unused
+from peft_func.trees.select import Info
 from peft_func.weights.carrier import Carrier, carry
 from peft_func.weights.layout import Layout, layout_of
 from peft_func.weights.matrix import Dense
+from peft_func.weights.merge import arounds_of, refuse_arounds
 from peft_func.weights.operator import Operator
 
 
@@ -63,14 +66,21 @@ class FunctionalModel:
         weight_shapes: those of all parameters, without scalars.
         table_shapes: those of the parameters and buffers that the model may use as activations (queries, positions).
         sights: the kinds of calls that have shown the batch to be the leading axis; see `call_routed`.
+        hosts: where add-ins may be; shared with the other callables of the module.
     """
 
     def __init__(
-        self, root: nn.Module, params: dict[str, Tensor], state: dict[str, Tensor], entry: str = "forward"
+        self,
+        root: nn.Module,
+        params: dict[str, Tensor],
+        state: dict[str, Tensor],
+        entry: str = "forward",
+        hosts: Hosts | None = None,
     ) -> None:
         self._skeleton = Skeleton(root)
         self._entry = entry
-        self._traced = _Entry(root, entry)
+        self.hosts = Hosts() if hosts is None else hosts
+        self._traced = self.hosts.entry(root, entry)
         self.sights: set[Hashable] = set()
         self.params = params
         self.state = state
@@ -132,9 +142,9 @@ class FunctionalModel:
             >>> int(model.state["num_batches_tracked"]), int(state["num_batches_tracked"])
             (0, 1)
         """
-        bound = self._bind(weights)
+        bound, arounds = self._bind(weights), arounds_of(weights)
         if state.keys() != self.state.keys():
-            raise NameMismatchError(_name_difference("state", state, self.state))
+            raise NameMismatchError(name_difference("state", state, self.state))
         buffers = {name: tensor.clone() for name, tensor in state.items()}
         if buffers and self.trains and torch._C._functorch.peek_interpreter_stack() is not None:
             given = (tensor for name, tensor in bound.items() if tensor is not self.params[name])
@@ -143,7 +153,7 @@ class FunctionalModel:
             # Dynamo follows functional_call, but not a module that is made inside the graph; what it traces runs
             # without the skeleton, so the swapping that functional_call does is never seen by another thread.
             every = {"root." + name: tensor for name, tensor in {**bound, **buffers}.items()}
-            output = torch.func.functional_call(self._traced, every, args, kwargs, strict=True)
+            output = torch.func.functional_call(self._traced, every, (arounds, *args), kwargs, strict=True)
             return _without_carriers(output), {name: every["root." + name] for name in buffers}
         clone = self._skeleton.clone(bound, buffers)
         if self._encoders and any(isinstance(tensor, Carrier) for tensor in bound.values()):
@@ -151,9 +161,11 @@ class FunctionalModel:
             # a later one cannot take.
             for path in self._encoders:
                 vars(clone.get_submodule(path))["use_nested_tensor"] = False
+        installed = surround(clone, arounds) if arounds else ()
         with attention_in_transforms():
             call = clone if self._entry == "forward" else getattr(clone, self._entry)
             output = call(*args, **kwargs)
+        warn_of_unused(installed)
         return _without_carriers(output), dict(clone.named_buffers())
 
     def method(self, name: str) -> "FunctionalModel":
@@ -165,13 +177,13 @@ class FunctionalModel:
         if not callable(getattr(self._skeleton.root, name, None)):
             raise OptionError(f"{type(self._skeleton.root).__name__} has no method {name!r}")
         twin = copy.copy(self)
-        twin._entry, twin._traced, twin.sights = name, _Entry(self._skeleton.root, name), set()
+        twin._entry, twin._traced, twin.sights = name, self.hosts.entry(self._skeleton.root, name), set()
         return twin
 
     def train(self, mode: bool = True) -> "FunctionalModel":
         """Return a new callable in train mode (or eval mode), over the same tensors."""
         root = self._skeleton.copy().train(mode)
-        return FunctionalModel(root, self.params, self.state, self._entry)
+        return FunctionalModel(root, self.params, self.state, self._entry, self.hosts)
 
     def eval(self) -> "FunctionalModel":
         """Return a new callable in eval mode, over the same tensors."""
@@ -186,7 +198,7 @@ class FunctionalModel:
 
         params = {name: move(tensor) for name, tensor in self.params.items()}
         state = {name: move(tensor) for name, tensor in self.state.items()}
-        return FunctionalModel(self._skeleton.copy(), params, state, self._entry)
+        return FunctionalModel(self._skeleton.copy(), params, state, self._entry, self.hosts)
 
     def state_dict(
         self, weights: Mapping[str, Tensor | Operator], state: Mapping[str, Tensor] | None = None
@@ -199,7 +211,11 @@ class FunctionalModel:
 
         Returns:
             A dict for `net.load_state_dict(sd, strict=True)`, of plain tensors.
+
+        Raises:
+            AddinError: there are add-ins, which no state dict of the module can hold.
         """
+        refuse_arounds(weights)
         state = self.state if state is None else state
         params: dict[str, Tensor | Operator] = {**weights}
         self._check_names(weights)
@@ -243,7 +259,7 @@ class FunctionalModel:
 
     def _check_names(self, weights: Mapping[str, Any]) -> None:
         if weights.keys() != self.params.keys():
-            raise NameMismatchError(_name_difference("weights", weights, self.params, self.ties))
+            raise NameMismatchError(name_difference("weights", weights, self.params, self.ties))
 
     def _bind(self, weights: Mapping[str, Tensor | Operator]) -> dict[str, Tensor]:
         """Return tensors for every parameter, carriers for operators, after checking all of them."""
@@ -252,7 +268,7 @@ class FunctionalModel:
         kinds: dict[Any, tuple[str, Any]] = {}
         for name, own in self.params.items():
             weight = weights[name]
-            _check_fit(name, weight, own, kinds)
+            check_fit(name, weight, own, kinds)
             if isinstance(weight, Operator):
                 if not self._training[name] and weight.has_dropout:
                     weight = weight.replace(weight.matrix.deterministic())
@@ -269,38 +285,13 @@ class FunctionalModel:
                 bound[name] = carry(Operator(Dense(layout.to_matrix(bound[name])), layout, dtype, name))
         return bound
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._traced = self.hosts.entry(self._skeleton.root, self._entry)
+
     def __repr__(self) -> str:
         count = sum(tensor.numel() for tensor in self.params.values())
         return f"FunctionalModel({type(self._skeleton.root).__name__}.{self._entry}, {count:,} parameters)"
-
-
-class _Entry(nn.Module):
-    """A module whose forward is a method of another."""
-
-    def __init__(self, root: nn.Module, entry: str) -> None:
-        super().__init__()
-        self.root = root
-        self.entry = entry
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (
-            self.root(*args, **kwargs) if self.entry == "forward" else getattr(self.root, self.entry)(*args, **kwargs)
-        )
-
-
-def _check_fit(name: str, weight: Any, own: Tensor, kinds: dict[Any, tuple[str, Any]]) -> None:
-    """Check a weight's shape, and that dtype and device changed, if they did, as they did for all weights alike."""
-    if not isinstance(weight, Tensor | Operator):
-        raise TreeError(f"the weight {name!r} is a {type(weight).__name__}; weights are tensors or operators")
-    if weight.shape != own.shape:
-        raise TreeError(f"the weight {name!r} is {tuple(weight.shape)}; this model's is {tuple(own.shape)}")
-    kind = (weight.dtype, weight.device)
-    first, expected = kinds.setdefault((own.dtype, own.device), (name, kind))
-    if kind != expected:
-        raise TreeError(
-            f"the weight {name!r} is {kind[0]} on {kind[1]}, but {first!r} is {expected[0]} on {expected[1]}; "
-            f"cast or move all weights alike, e.g. weights[{name!r}].to({str(expected[1])!r}, {expected[0]})"
-        )
 
 
 def _mapped_like(values: Iterable[Any], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -320,24 +311,6 @@ def _mapped_like(values: Iterable[Any], buffers: Mapping[str, Tensor]) -> dict[s
 
 def _shapes(tensors: Iterable[Tensor]) -> frozenset[tuple[int, ...]]:
     return frozenset(tuple(tensor.shape) for tensor in tensors if tensor.dim())
-
-
-def _name_difference(
-    what: str, given: Mapping[str, Any], wanted: Mapping[str, Any], ties: Mapping[str, str] | None = None
-) -> str:
-    extra, missing = [n for n in given if n not in wanted], [n for n in wanted if n not in given]
-    text = f"the {what} must have the names of this model"
-    if missing:
-        text += f"; missing: {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    if extra:
-        text += f"; unknown: {', '.join(map(repr, extra[:5]))}"
-        known = (ties or {}).get(extra[0])
-        text += (
-            f" ({extra[0]} is another name of {known})"
-            if known
-            else f" (nearest: {', '.join(nearest(extra[0], wanted, 3))})"
-        )
-    return text + f". Give all of model.{'params' if what == 'weights' else 'state'}, or what adapter.apply returned."
 
 
 def _without_carriers(output: Any) -> Any:

@@ -1,10 +1,15 @@
 """The modules of a net in the order of a walk: registration order, parents before children, each module once."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from peft_func.trees.modules import ModuleInfo
+from peft_func.trees.select import Info, Where, resolve
+
+if TYPE_CHECKING:
+    from peft_func.functional.model import FunctionalModel
 
 
 def walk(net: nn.Module) -> dict[str, ModuleInfo]:
@@ -47,3 +52,13 @@ def below(tree: dict[str, ModuleInfo], path: str) -> Iterator[ModuleInfo]:
             seen.add(info.path)
             yield info
             ahead += reversed(info.children)
+
+
+def resolve_modules(where: Where, model: "FunctionalModel", purpose: str) -> tuple[str, ...]:
+    """Return the paths of the modules of a model that a selector chooses, in the order of a walk.
+
+    Raises:
+        SelectorError: there are none; the message names the nearest.
+    """
+    infos = cast("list[Info]", list(walk(model._skeleton.root).values()))
+    return resolve(where, infos, purpose, "modules")

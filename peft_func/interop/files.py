@@ -143,7 +143,9 @@ def method_as_data(method: Method, adapter: Adapter, prefix: Keys = ()) -> Any:
         inner = prefix if method.name is None else (*prefix, method.name)
         return {"chain": [method_as_data(part, adapter, inner) for part in method.parts], "name": method.name}
     (bound,) = (part for part in adapter.parts if part.keys == (*prefix, method.name))
-    places = {path: list(adapter.model.params[path].shape) for path in bound.paths}
+    places: dict[str, Any] = {path: list(adapter.model.params[path].shape) for path in bound.paths}
+    root = adapter.model._skeleton.root
+    places |= {path: type(root.get_submodule(path)).__name__ for path in bound.modules}
     return {"kind": method.kind, "name": method.name, "options": bound.options, "places": places}
 
 
@@ -157,13 +159,16 @@ def method_of_data(path: object, described: Any, model: FunctionalModel) -> Meth
     if "chain" in described:
         return chain(*(method_of_data(path, part, model) for part in described["chain"]), name=described["name"])
     kind, name, places = described["kind"], described["name"], described["places"]
-    for place, shape in places.items():
-        if place not in model.params:
-            close = ", ".join(nearest(place, model.params, 2))
+    modules = {name: type(module).__name__ for name, module in model._skeleton.root.named_modules()}
+    for place, wanted in places.items():
+        known: Mapping[str, Any] = modules if isinstance(wanted, str) else model.params
+        if place not in known:
+            close = ", ".join(nearest(place, known, 2))
             raise FileFormatError(f"{path} adapts {place!r}, which this model has not; the nearest names: {close}")
-        if list(model.params[place].shape) != shape:
-            own = list(model.params[place].shape)
-            raise FileFormatError(f"{path} adapts {place!r} of shape {shape}; this model's is {own}")
+        own = known[place] if isinstance(wanted, str) else list(known[place].shape)
+        if own != wanted:
+            what = "class" if isinstance(wanted, str) else "shape"
+            raise FileFormatError(f"{path} adapts {place!r} of {what} {wanted}; this model's is {own}")
     if kind is None:
         raise OptionError(
             f"{path} holds a method of its writer's own ({name!r}), which a file cannot rebuild; "

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from peft_func.errors import SelectorError
+from peft_func.errors import AttributeRefusedError
 from peft_func.functional.model import FunctionalModel, functionalize
 from peft_func.functional.skeleton import Skeleton
-from peft_func.functional.walk import walk
+from peft_func.functional.walk import resolve_modules
 from peft_func.training.attributes import attribute_of
-from peft_func.training.containers import Container, Place, hold_buffer, hold_parameter
+from peft_func.functional.containers import Container, Place, hold_buffer, hold_parameter
 from peft_func.training.pickling import packed, unpacked
 from peft_func.transforms.bind import Adapter, bind, check_tree
 from peft_func.transforms.transform import Method
 from peft_func.trees.keys import Key
-from peft_func.trees.modules import says_yes
 from peft_func.trees.paths import Keys, Tree, from_leaves, join, leaves
-from peft_func.trees.select import Where, nearest
+from peft_func.trees.select import Where
 from peft_func.weights.mapping import Weights
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ class Adapted(nn.Module):
             copy.train(self.training)
         for path in self._always_eval:
             copy.get_submodule(path).eval()
-        self._models[self.training] = FunctionalModel(copy, base.params, base.state)
+        self._models[self.training] = FunctionalModel(copy, base.params, base.state, hosts=base.hosts)
 
     def reshape_net(self, change: Callable[[nn.Module], Any]) -> Any:
         """Apply a change of how the forward pass runs to the private copy of the net, for both modes."""
@@ -208,6 +207,23 @@ class Adapted(nn.Module):
             if "_skeleton" not in vars(self):
                 raise
         return attribute_of(self, self._skeleton.root, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_skeleton" in vars(self) and name not in vars(self) and not hasattr(type(self), name):
+            root = self._skeleton.root
+            if any(name in registry for registry in (root._modules, root._parameters, root._buffers)):
+                raise AttributeRefusedError(
+                    f"{name!r} of {type(root).__name__} cannot be set through Adapted: what trains was chosen without "
+                    "it; set it on the net before pf.Adapted(net, ...)"
+                )
+            held = vars(root).get(name, inspect.getattr_static(type(root), name, callable))
+            if not name.startswith("_") and not callable(held):  # the net has it, such as `generation_config`
+                self.reshape_net(lambda net: setattr(net, name, value))
+                return
+        super().__setattr__(name, value)
+
+    def _get_name(self) -> str:
+        return type(self._skeleton.root).__name__  # Trainer asks for it to see whether the loss shifts its labels
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
@@ -302,13 +318,5 @@ def _from_pickle(cls: type[Adapted], method: Any, contents: Mapping[str, Any]) -
     return _from_contents(cls, unpacked(method, model), contents)
 
 
-def _chosen(where: Where | None, model: FunctionalModel) -> list[str]:
-    """Return the paths of the modules that a selector chooses."""
-    if where is None:
-        return []
-    infos = walk(model._skeleton.root)
-    paths = [path for path, info in infos.items() if says_yes(where, info)]
-    if not paths:
-        close = ", ".join(nearest(where if isinstance(where, str) else "", infos, 5))
-        raise SelectorError(f"always_eval: {where!r} matches none of {len(infos)} modules; some are: {close}")
-    return paths
+def _chosen(where: Where | None, model: FunctionalModel) -> tuple[str, ...]:
+    return () if where is None else resolve_modules(where, model, "always_eval")

@@ -12,6 +12,7 @@ from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.transform import Chain, Method, Part, Transform, expanded
 from peft_func.trees.keys import Key, as_key, split
 from peft_func.trees.paths import Keys, Tree, insert, join, leaves, map_leaves
+from peft_func.weights.around import Around
 from peft_func.weights.mapping import Weights
 
 
@@ -25,6 +26,7 @@ class BoundPart:
         paths: the parameters it was selected for.
         seen: those, and the biases that go with them: what its functions see.
         transform: the two functions.
+        modules: the modules it was selected for, if it is an add-in.
     """
 
     keys: Keys
@@ -32,6 +34,7 @@ class BoundPart:
     paths: tuple[str, ...]
     seen: tuple[str, ...]
     transform: Transform
+    modules: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any] | None:
@@ -85,6 +88,7 @@ class Adapter:
         parts: the transforms in the order they apply.
         spec: the shape of every leaf of `trainable`, by its keys.
         held: the base weights that train themselves: they are in `trainable`, not in `frozen`.
+        arounds: whether there are add-ins among the parts.
     """
 
     def __init__(self, method: Method, model: FunctionalModel) -> None:
@@ -98,6 +102,7 @@ class Adapter:
             tree, held = self._init(meta, 0)
         except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError):
             tree, held = self._init(model.params, 0)
+        self.arounds = any(part.transform.arounds is not None for part in self.parts)
         self.spec = {keys: tuple(tensor.shape) for keys, tensor in leaves(tree)}
         self.held = frozenset(held)
         self._frozen_names = frozenset(model.params) - self.held
@@ -145,6 +150,18 @@ class Adapter:
             weights = _step(part, part.subtree(trainable), weights)
         return weights
 
+    def surroundings(self, trainable: Mapping[str, Any]) -> list[Around]:
+        """Return the functions around modules that `apply` puts into the weights, with the tensors of a tree.
+
+        Nothing is computed with these: they may have further leading axes.
+        """
+        return [
+            around
+            for part in self.parts
+            if part.transform.arounds is not None
+            for around in part.transform.arounds(part.subtree(trainable))
+        ]
+
     def _init(self, params: Mapping[str, Tensor], key: int) -> tuple[Tree, set[str]]:
         tree: Tree = {}
         held: dict[str, Keys] = {}
@@ -188,6 +205,8 @@ class Adapter:
 
 def _step(part: BoundPart, tree: Tree, weights: Weights) -> Weights:
     """Apply one part to the weights that it sees, and to no others."""
+    if part.transform.arounds is not None:
+        return weights.surrounded(part.transform.arounds(tree))
     changes = part.transform.apply(tree, weights.restrict(part.seen))
     if not isinstance(changes, Mapping):
         raise TreeError(f"{join(part.keys)}: apply gave a {type(changes).__name__}; it gives a dict of new weights")
@@ -232,6 +251,10 @@ def _bound(method: Method, model: FunctionalModel, prefix: Keys) -> Iterator[Bou
             yield from _bound(part, model, inner)
     else:
         paths = method.resolve(model)
+        if method.modules:
+            model.hosts.add(paths)
+            yield BoundPart((*prefix, method.name), method, (), (), method.make(paths, model), paths)
+            return
         seen = paths if method.also is None else tuple(dict.fromkeys((*paths, *method.also(paths, model))))
         yield BoundPart((*prefix, method.name), method, paths, seen, method.make(paths, model))
 

@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from peft_func.errors import OptionError, SelectorError
 from peft_func.functional.model import FunctionalModel
+from peft_func.functional.walk import resolve_modules
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Info, Where, as_selector, resolve
+from peft_func.weights.around import Around
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Matrix
 from peft_func.weights.operator import Operator
@@ -30,16 +32,19 @@ class Transform:
         apply: `(tree, weights) -> changes`: the weights that change, by name.
         holds: `tree -> {name: tensor}`: base weights that live in the tree itself (they train), or None.
         options: those of the constructor as JSON, where binding made them more definite, for files.
+        arounds: `tree -> [Around, ...]`: functions around calls of modules (see `pf.around`), or None.
     """
 
     init: Callable[[Weights, int], Tree]
     apply: Callable[[Tree, Weights], Changes]
     holds: Callable[[Tree], Mapping[str, Tensor]] | None = None
     options: dict[str, Any] | None = None
+    arounds: Callable[[Tree], Iterable[Around]] | None = None
 
 
 Make: TypeAlias = Callable[[tuple[str, ...], FunctionalModel], Transform]
-"""Builds a transform for the places that its selector chose in a model: ranks, scales and groups are fixed here."""
+"""Builds a transform for the places (of parameters, or of modules) that its selector chose in a model: ranks, scales
+and groups are fixed here."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Part:
         kind: the name of the constructor, for files.
         matrices: whether it looks only at parameters of two dimensions or more.
         also: further parameters that go with the chosen ones (their biases).
+        modules: whether its places are modules, not parameters.
     """
 
     where: Where
@@ -63,13 +69,16 @@ class Part:
     options: dict[str, Any] | None = None
     matrices: bool = True
     also: Callable[[tuple[str, ...], FunctionalModel], tuple[str, ...]] | None = None
+    modules: bool = False
 
     def resolve(self, model: FunctionalModel) -> tuple[str, ...]:
-        """Return the names of the parameters it is for.
+        """Return the names of the parameters it is for, or the paths of the modules.
 
         Raises:
             SelectorError: there are none.
         """
+        if self.modules:
+            return resolve_modules(self.where, model, self.name)
         infos = [info for info in model.infos.values() if info.dtype.is_floating_point]  # others cannot train
         if not self.matrices:
             return resolve(self.where, infos, self.name)

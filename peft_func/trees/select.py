@@ -316,13 +316,14 @@ def _words(where: object) -> list[str]:
             return []
 
 
-def resolve(where: Where, infos: Iterable[Info], purpose: str) -> tuple[str, ...]:
+def resolve(where: Where, infos: Iterable[Info], purpose: str, noun: str = "parameters") -> tuple[str, ...]:
     """Return the paths that a selector chooses, in the order of `infos`.
 
     Args:
         where: what selects.
         infos: the parameters to choose from.
         purpose: who asks, for the error: `"lora"`.
+        noun: what is chosen, for the error.
 
     Raises:
         SelectorError: nothing is selected; the message names the nearest names.
@@ -336,7 +337,7 @@ def resolve(where: Where, infos: Iterable[Info], purpose: str) -> tuple[str, ...
     guesses = itertools.zip_longest(*(nearest(word, names) for word in _words(where) or [""]))
     close = dict.fromkeys(name for row in guesses for name in row if name is not None)
     raise SelectorError(
-        f"{purpose}: {where!r} matches none of {len(infos)} parameters. "
+        f"{purpose}: {where!r} matches none of {len(infos)} {noun}. "
         + (f"The nearest names: {', '.join(list(close)[:6])}. " if close else "")
         + "A str is a regex over the whole path; a list holds names or their last parts, such as ['q_proj']."
     )

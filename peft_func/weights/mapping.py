@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from peft_func.errors import OptionError, TreeError
+from peft_func.weights.around import Around
 from peft_func.weights.layout import Layout
 from peft_func.weights.matrix import Dense, Matrix
 from peft_func.weights.operator import Operator
@@ -16,14 +17,20 @@ class Weights(dict[str, "Tensor | Operator"]):
     Attributes:
         base: the weights before any transform.
         layouts: how each is stored.
+        arounds: functions around the calls of modules, in the order in which they were put there.
     """
 
     def __init__(
-        self, items: Mapping[str, Tensor | Operator], base: Mapping[str, Tensor], layouts: Mapping[str, Layout]
+        self,
+        items: Mapping[str, Tensor | Operator],
+        base: Mapping[str, Tensor],
+        layouts: Mapping[str, Layout],
+        arounds: tuple[Around, ...] = (),
     ) -> None:
         super().__init__(items)
         self.base = base
         self.layouts = layouts
+        self.arounds = arounds
 
     def matrix(self, path: str) -> Matrix:
         """Return a weight as a `Matrix` `[*batch, out, in]`, whatever the module stores: the way to keep structure.
@@ -39,9 +46,13 @@ class Weights(dict[str, "Tensor | Operator"]):
         value = self[path]
         return value.matrix if isinstance(value, Operator) else Dense(self.layouts[path].to_matrix(value))
 
+    def surrounded(self, arounds: Iterable[Around]) -> "Weights":
+        """Return these weights with more functions around calls of modules, outside of those that are there."""
+        return Weights(self, self.base, self.layouts, (*self.arounds, *arounds))
+
     def restrict(self, paths: Iterable[str]) -> "Weights":
         """Return only these, in this order."""
-        return Weights({path: self[path] for path in paths}, self.base, self.layouts)
+        return Weights({path: self[path] for path in paths}, self.base, self.layouts, self.arounds)
 
     def updated(
         self, changes: Mapping[str, Tensor | Operator | Matrix], among: Iterable[str] | None = None
@@ -52,7 +63,7 @@ class Weights(dict[str, "Tensor | Operator"]):
             TreeError: it is no mapping, a name is unknown, or a value has not the shape of the parameter.
             OptionError: a value is no tensor, operator or matrix.
         """
-        result = Weights(self, self.base, self.layouts)
+        result = Weights(self, self.base, self.layouts, self.arounds)
         allowed = self if among is None else frozenset(among)
         for path, value in changes.items():
             if path not in allowed:

@@ -291,7 +291,6 @@ def test_to_casts_what_is_frozen_and_leaves_the_net():
 
 def test_attributes_of_the_net_that_only_read():
     net, animal = bert()
-    (args, kwargs) = animal.inputs(0)
     module = moved(pf.Adapted(net, pf.lora(animal.where[-1], rank=2)))
     assert module.config.hidden_size == net.config.hidden_size
     assert module.device == torch.device("cpu")
@@ -359,7 +358,7 @@ def test_compile_agrees(mode):
     twin = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = randn(5, 6).float()
-    for step in range(3):
+    for _ in range(3):
         losses = [part(x).square().mean() for part in (compiled, twin)]
         torch.testing.assert_close(losses[0], losses[1])
         for part, loss in zip((module, twin), losses, strict=True):

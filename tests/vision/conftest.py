@@ -1,33 +1,20 @@
 """torchvision and timm, in a folder of their own: the wheel of torchvision breaks its import with the CPU torch."""
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / ".vision"
+from tests.packages import ROOT, installed
+
 PINS = ["torchvision==0.29.2", "timm==1.0.31"]
 
 
 @pytest.fixture(scope="session")
 def vision():
     """Install the two packages once, without their dependencies, and return the folder that they are in."""
-    with FileLock(ROOT / ".vision.lock"):  # one of the processes that share the tests installs, the others wait
-        if not all((FOLDER / name).is_dir() for name in ("torchvision", "timm")):
-            with tempfile.TemporaryDirectory(dir=ROOT, prefix=".vision-") as made:
-                target = Path(made) / "new"
-                pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *PINS]
-                done = subprocess.run(pip, check=False, capture_output=True, text=True)
-                assert done.returncode == 0, done.stderr
-                shutil.rmtree(FOLDER, ignore_errors=True)
-                target.rename(FOLDER)
-    return FOLDER
+    return installed(ROOT / ".vision", PINS, ["torchvision", "timm"])
 
 
 @pytest.fixture(scope="session")

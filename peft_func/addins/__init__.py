@@ -1,0 +1,1 @@
+"""What acts on activations: functions around modules, bottlenecks, prompts, representation edits, wiring."""

@@ -1,0 +1,184 @@
+"""Functions around the calls of modules, installed on the private copy for one call.
+
+Eagerly they are put on the clone of that call. A compiled call runs on `Entry`, where every place that ever had an
+around asks, while it is traced, which ones there are now: nothing of that is left in the graph.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from peft_func.errors import AddinError, UnusedAddinWarning
+from peft_func.functional.skeleton import structural_copy
+from peft_func.weights.around import Around
+
+Notes = dict[Any, Any]
+"""What arounds of one call leave for each other."""
+
+
+class Inner:
+    """The call that an around is around.
+
+    Attributes:
+        module: the module of this call, with its weights of this call.
+        path: its path in the model.
+        notes: a dict of this call of the model, for arounds at other places; it is gone when the call is.
+    """
+
+    def __init__(self, call: Callable[..., Any], module: nn.Module, path: str, notes: Notes) -> None:
+        self._call = call
+        self.module = module
+        self.path = path
+        self.notes = notes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, with the arounds that were there before."""
+        return self._call(*args, **kwargs)
+
+    @property
+    def training(self) -> bool:
+        """Whether the module is in train mode."""
+        return bool(self.module.training)
+
+
+class Surrounded:
+    """A forward with one around."""
+
+    def __init__(self, around: Around, inner: Inner) -> None:
+        self.around = around
+        self.inner = inner
+        self.called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        return self.around.function(self.around.tree, self.inner, *args, **kwargs)
+
+
+def surround(root: nn.Module, arounds: Sequence[Around]) -> "list[Surrounded]":
+    """Put functions around the calls of modules of a clone that belongs to one call, and return them."""
+    notes: Notes = {}
+    installed = []
+    for around in arounds:
+        module = root.get_submodule(around.path)
+        call = Surrounded(around, Inner(module.forward, module, around.path, notes))
+        vars(module)["forward"] = call
+        installed.append(call)
+        leave_fast_paths(root, around.path)
+    return installed
+
+
+def warn_of_unused(installed: "Iterable[Surrounded]") -> None:
+    """Warn of arounds whose module was not called: what they should do is missing from the output."""
+    unused = dict.fromkeys(call.around.path for call in installed if not call.called)
+    if unused:
+        parts = dict.fromkeys(call.around.part for call in installed if not call.called)
+        warnings.warn(
+            f"the add-in {', '.join(map(repr, parts))} did nothing at {', '.join(unused)}: this call never ran the "
+            "forward of that module (its parent reads its weights, or skips it)",
+            UnusedAddinWarning,
+            stacklevel=4,
+        )
+
+
+def leave_fast_paths(root: nn.Module, path: str) -> None:
+    """Make the modules around a place call it."""
+    # In eval mode torch's encoder layers hand their weights to one fused kernel, which calls no module.
+    while path:
+        path = path.rpartition(".")[0]
+        module = root.get_submodule(path)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            vars(module)["activation_relu_or_gelu"] = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            vars(module)["use_nested_tensor"] = False
+
+
+class Hosts:
+    """The places where add-ins may be, for all callables of one module: in train mode, in eval mode, its methods."""
+
+    def __init__(self) -> None:
+        self.paths: set[str] = set()
+        self._entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+
+    def __reduce__(self) -> Any:
+        return _hosts_of, (self.paths,)  # a copy of a model makes entries of its own
+
+    def add(self, paths: Iterable[str]) -> None:
+        """Let compiled calls ask for arounds at these places, too."""
+        self.paths.update(paths)
+        for entry in self._entries:
+            entry.host(self.paths)
+
+    def entry(self, root: nn.Module, method: str) -> "Entry":
+        """Return what runs compiled calls of a method of a module."""
+        entry = Entry(root, method)
+        entry.host(self.paths)
+        self._entries.add(entry)
+        return entry
+
+
+def _hosts_of(paths: set[str]) -> Hosts:
+    hosts = Hosts()
+    hosts.add(paths)
+    return hosts
+
+
+class Entry(nn.Module):
+    """A module whose forward is a method of another, with arounds."""
+
+    def __init__(self, root: nn.Module, method: str) -> None:
+        super().__init__()
+        self.root = root
+        self.method = method
+        self._now = _Now()
+
+    def host(self, paths: Iterable[str]) -> None:
+        """Let modules ask for their arounds; the module tree is copied first, for it belongs to others."""
+        missing = set(paths) - self._now.places
+        if missing and not self._now.places:
+            self.root = structural_copy(self.root)
+        for path in missing:
+            module = self.root.get_submodule(path)
+            vars(module)["forward"] = _Asking(module.forward, module, path, self._now)
+            leave_fast_paths(self.root, path)
+        self._now.places |= missing
+
+    def forward(self, arounds: tuple[Around, ...], *args: Any, **kwargs: Any) -> Any:
+        """Call the method, with these arounds."""
+        for around in arounds:
+            if around.path not in self._now.places:
+                raise AddinError(
+                    f"{around.path!r} was no place of an add-in when this model was made; call pf.bind with it before "
+                    "torch.compile meets the model"
+                )
+        self._now.arounds, self._now.notes = arounds, {}
+        try:
+            call = self.root if self.method == "forward" else getattr(self.root, self.method)
+            return call(*args, **kwargs)
+        finally:
+            self._now.arounds, self._now.notes = (), {}
+
+
+class _Now:
+    """The arounds of the call that is being traced."""
+
+    def __init__(self) -> None:
+        self.places: set[str] = set()
+        self.arounds: tuple[Around, ...] = ()
+        self.notes: Notes = {}
+
+
+class _Asking:
+    """A forward that looks up what is around it."""
+
+    def __init__(self, call: Callable[..., Any], module: nn.Module, path: str, now: _Now) -> None:
+        self.call, self.module, self.path, self.now = call, module, path, now
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.call
+        for around in self.now.arounds:
+            if around.path == self.path:
+                call = Surrounded(around, Inner(call, self.module, self.path, self.now.notes))
+        return call(*args, **kwargs)

@@ -1,0 +1,62 @@
+"""What selectors see of the parameters of a whole module, adapters in it included, and which BatchNorms are frozen."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from peft_func.training.adapted import Adapted
+from peft_func.trees.paths import join, leaves
+from peft_func.trees.select import Info
+
+
+def infos_of(module: nn.Module) -> dict[str, Info]:
+    """Return what is known of every parameter that could train, by its name in `named_parameters()`.
+
+    A leaf of an adapter is taken for a parameter of the module whose weight it is for: `pf.of_type` and `pf.norms` see
+    through `pf.Adapted`.
+    """
+    names: dict[int, list[str]] = {}
+    kinds: dict[int, list[type]] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for name, parameter in owner.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+            kinds.setdefault(id(parameter), []).append(type(owner))
+    found = {
+        name: Info(
+            path=name,
+            shape=tuple(parameter.shape),
+            dtype=parameter.dtype,
+            modules=tuple(dict.fromkeys(kinds[id(parameter)])),
+            aliases=tuple(other for other in names[id(parameter)] if other != name),
+        )
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point() or parameter.is_complex()
+    }
+    for path, part in module.named_modules():
+        if isinstance(part, Adapted):
+            known = part.adapter.model.infos
+            for keys, _ in leaves(part.trainable):
+                name = f"{path}.{join(keys)}" if path else join(keys)
+                place = next((key for key in keys if key in known), None)
+                if name in found and place is not None:
+                    found[name] = replace(found[name], modules=known[place].modules)
+    return found
+
+
+def statistics(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that keep running statistics, such as BatchNorm."""
+    for part in module.modules():
+        if getattr(part, "running_mean", None) is not None:
+            yield part
+
+
+def frozen_statistics(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield those of them whose parameters do not train; one without any goes by the smallest part around it."""
+    parents = {child: parent for parent in module.modules() for child in parent.children()}
+    for part in statistics(module):
+        around: nn.Module | None = part
+        while around is not None and not any(True for _ in around.parameters()):
+            around = parents.get(around)
+        if around is None or not any(parameter.requires_grad for parameter in around.parameters()):
+            yield part

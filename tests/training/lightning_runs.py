@@ -1,0 +1,149 @@
+"""Small modules, data and quiet trainers for the tests of Lightning."""
+
+import contextlib
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+F = nn.functional
+
+# Lightning's own use of torch, and hints about the speed of real runs.
+QUIET = [
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def trainer(tmp_path, *callbacks, **options):
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+    }
+    return pl.Trainer(**{**settings, **options}, callbacks=list(callbacks))
+
+
+def data(count=16, inside=4, classes=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, inside, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, classes, (count,), generator=generator)
+
+
+def loader(batch=4, **options):
+    return DataLoader(TensorDataset(*data(**options)), batch)
+
+
+class Batches:
+    """A loader that knows where it is: Lightning restores it inside an epoch, as it does torchdata's."""
+
+    def __init__(self, batch=4, **options):
+        x, y = data(**options)
+        self.batches, self.next, self.resumed = list(zip(x.split(batch), y.split(batch), strict=True)), 0, False
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        if not self.resumed:
+            self.next = 0
+        self.resumed = False
+        while self.next < len(self.batches):
+            self.next += 1
+            yield self.batches[self.next - 1]
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next, self.resumed = state["next"], True
+
+
+class WithNorm(pl.LightningModule):
+    """A backbone with a BatchNorm, and a head; the optimizer is for what requires a gradient, as the contract asks."""
+
+    def __init__(self, optimizer=None, scheduler=None, head_only=False, interval="epoch"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 2)
+        self.double()
+        self.make, self.scheduler, self.head_only, self.interval = optimizer, scheduler, head_only, interval
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        parameters = self.head.parameters() if self.head_only else self.parameters()
+        make = self.make or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+        optimizer = make([p for p in parameters if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": self.interval}]
+
+
+class Log(pl.Callback):
+    """What trains, and how, at the end of every batch."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        groups = trainer.optimizers[0].param_groups
+        names = {id(p): name for name, p in pl_module.named_parameters()}
+        self.rows.append(
+            {
+                "epoch": trainer.current_epoch,
+                "loss": float(outputs["loss"]),
+                "rates": [group["lr"] for group in groups],
+                "groups": [[names[id(p)] for p in group["params"]] for group in groups],
+                "trains": {name for name, p in pl_module.named_parameters() if p.requires_grad},
+                "state": copy_of(pl_module),
+            }
+        )
+
+    def of_epochs(self, key):
+        last = {row["epoch"]: row[key] for row in reversed(self.rows)}
+        return [last[epoch] for epoch in sorted(last)]
+
+
+def copy_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Stop(Exception):
+    """What ends a run as a killed process would."""
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Stop
+
+
+def run_until(step, tmp_path, module, train, *callbacks, val=None, **options):
+    with contextlib.suppress(Stop):
+        trainer(tmp_path, *callbacks, StopAt(step), **options).fit(module, train, val)
+        raise AssertionError("it was not stopped")
