@@ -84,6 +84,13 @@ from peft_func.report.tour import Tour as Tour
 from peft_func.report.tour import tour as tour
 from peft_func.training import lightning as lightning
 from peft_func.training.adapted import Adapted as Adapted
+from peft_func.training.groups import groups as groups
+from peft_func.training.optimizer import Optimizer as Optimizer
+from peft_func.training.optimizer import optimizer as optimizer
+from peft_func.training.presets import layer_decay as layer_decay
+from peft_func.training.presets import lora_plus as lora_plus
+from peft_func.training.presets import no_decay as no_decay
+from peft_func.training.step import step as step
 from peft_func.transforms.bind import Adapter as Adapter
 from peft_func.transforms.bind import bind as bind
 from peft_func.transforms.dora import dora as dora

@@ -25,7 +25,8 @@ def export_module(adapter: Adapter, frozen: Mapping[str, Tensor], trainable: Map
 
     It is a copy: it shares nothing with the net or with the trees, and needs no call of this library. Its `state_dict`
     has the names of the net's, and the leaves of add-ins under `addins.`; it pickles if the functions of its add-ins
-    do (functions of a module, not lambdas), deep-copies, and goes through `torch.export`.
+    do (functions of a module, not lambdas), deep-copies, and goes through `torch.export` (with `pf.across` in it, with
+    `strict=False`, the default of recent versions).
 
     Args:
         adapter: the bound adapter, with or without add-ins.
@@ -84,7 +85,7 @@ class _Calls:
 
     def notes(self) -> Notes:
         """Return the notes of this call."""
-        now = _NOTES.get()
+        now = None if torch.compiler.is_compiling() else _NOTES.get()
         return self.last if now is None else now
 
     def __reduce__(self) -> Any:
@@ -101,7 +102,16 @@ class _Root:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.call)
 
+    @property
+    def __code__(self) -> Any:
+        return getattr(self.call, "__code__", None)  # torch.export says where the forward is
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # Dynamo knows no context variables
+            output = self.call(*args, **kwargs)
+            if self.calls.last:
+                self.calls.last = {}
+            return output
         notes: Notes = {}
         token = _NOTES.set(notes)
         try:

@@ -3,12 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from peft_func.errors import AttributeRefusedError
+from peft_func.errors import AttributeRefusedError, ModuleRefusedError
 from peft_func.functional.model import FunctionalModel, functionalize
 from peft_func.functional.skeleton import Skeleton
 from peft_func.functional.walk import resolve_modules
@@ -221,6 +221,12 @@ class Adapted(nn.Module):
                 self.reshape_net(lambda net: setattr(net, name, value))
                 return
         super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise ModuleRefusedError(
+            "nn.DataParallel copies modules in every call, which Adapted is not for; use DistributedDataParallel "
+            "(start the script with torchrun), or let the process see one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def _get_name(self) -> str:
         return type(self._skeleton.root).__name__  # Trainer asks for it to see whether the loss shifts its labels

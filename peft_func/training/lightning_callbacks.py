@@ -128,6 +128,7 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         self._fit = (trainer, pl_module)
         self._joined: dict[int, float] = {}  # index of the group: the rate that was last given
         self._quiet: list[nn.Module] = []
+        self._epoch = -1  # the last that was begun
         _require_grad(pl_module, self.chosen(pl_module, 0))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,6 +143,7 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         parameters = dict(pl_module.named_parameters())
         for optimizer, groups in zip(trainer.optimizers, restored["groups"], strict=True):
             regroup(optimizer, _schedulers(trainer), groups, parameters)
+        self._epoch = restored["epoch"]
         self._joined = {int(index): rate for index, rate in restored["joined"].items()}
         if _require_grad(pl_module, set(restored["trains"])):
             wrap_again(trainer)
@@ -150,7 +152,18 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         self._choose_quiet(pl_module)  # a run that is resumed inside an epoch does not start that epoch again
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch
+        self._begin(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning starts no epoch where it resumes from the last batch of the one before.
+        self._begin(trainer, pl_module, trainer.current_epoch)
+        for part in self._quiet:  # at every batch: validation, or the module's own hooks, may have set the modes
+            part.training = False
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
         chosen = self.chosen(pl_module, epoch)
         flipped = _require_grad(pl_module, chosen)
         parameters = dict(pl_module.named_parameters())
@@ -202,10 +215,6 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
                 part.training = True
         self._quiet = [part for part in self._quiet if id(part) in but]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        for part in self._quiet:  # at every batch: validation, or the module's own hooks, may have set the modes
-            part.training = False
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
 
@@ -220,6 +229,7 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         trainer, pl_module = self._fit
         parameters = dict(pl_module.named_parameters())
         return {
+            "epoch": self._epoch,
             "groups": [names_by_group(optimizer, parameters) for optimizer in trainer.optimizers],
             "trains": [name for name, parameter in parameters.items() if parameter.requires_grad],
             "joined": {str(index): rate for index, rate in self._joined.items()},

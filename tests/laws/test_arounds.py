@@ -19,6 +19,10 @@ def shifted(tree, x, *args, **kwargs):
     return x + tree["scale"]
 
 
+def moved(tree, output):
+    return output + tree["scale"]
+
+
 def gated(tree, taken, here):
     return here + tree["scale"] * taken.mean()
 
@@ -51,7 +55,7 @@ class TestFunctions(AddinLaws):
             pf.chain(
                 pf.around("0|4", scale, scalar),
                 pf.before("2", shifted, scalar),
-                pf.after("", lambda tree, y: y + tree["scale"], scalar),
+                pf.after("", moved, scalar),
             ),
             pf.across("0", "4", gated, scalar),
             pf.around(".*", scale, scalar, share=True),

@@ -15,6 +15,7 @@ QUIET = [
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
@@ -44,11 +45,15 @@ def loader(batch=4, **options):
 
 
 class Batches:
-    """A loader that knows where it is: Lightning restores it inside an epoch, as it does torchdata's."""
+    """A loader that knows where it is: Lightning restores it inside an epoch, as it does torchdata's.
 
-    def __init__(self, batch=4, **options):
+    Of several processes each takes its share of every batch.
+    """
+
+    def __init__(self, batch=4, rank=0, world=1, **options):
         x, y = data(**options)
-        self.batches, self.next, self.resumed = list(zip(x.split(batch), y.split(batch), strict=True)), 0, False
+        self.batches = [(x[rank::world], y[rank::world]) for x, y in zip(x.split(batch), y.split(batch), strict=True)]
+        self.next, self.resumed = 0, False
 
     def __len__(self):
         return len(self.batches)
@@ -65,7 +70,7 @@ class Batches:
         return {"next": self.next}
 
     def load_state_dict(self, state):
-        self.next, self.resumed = state["next"], True
+        self.next, self.resumed = state["next"] % len(self), True
 
 
 class WithNorm(pl.LightningModule):

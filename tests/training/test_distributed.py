@@ -99,3 +99,9 @@ def test_the_trainer_in_two_processes_is_the_trainer_in_one(tmp_path):
         torch.testing.assert_close(both[0]["state"][name], value, rtol=1e-10, atol=1e-10)
     assert both[0]["eval"] == pytest.approx(alone["eval"], rel=1e-6)
     assert (tmp_path / "run" / f"checkpoint-{workers.STEPS}" / "model.safetensors").exists()
+
+
+def test_data_parallel_is_refused():
+    module = pf.Adapted(bert(), LORA)
+    with pytest.raises(pf.ModuleRefusedError, match="torchrun"):
+        module._replicate_for_data_parallel()  # what nn.DataParallel calls

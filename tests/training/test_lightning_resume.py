@@ -60,6 +60,7 @@ def same(one, other):
 
 
 def whole(tmp_path, build, callback, **options):
+    """Run to the end, with a checkpoint of every step on the way."""
     log = Log()
     runner = trainer(tmp_path, callback(), log, every_step(tmp_path), max_epochs=EPOCHS, **options)
     runner.fit(build(), Batches())
@@ -67,15 +68,14 @@ def whole(tmp_path, build, callback, **options):
 
 
 def resumed(tmp_path, step, build, callback, **options):
-    run_until(step, tmp_path, build(), Batches(), callback(), every_step(tmp_path), max_epochs=EPOCHS, **options)
     log, path = Log(), tmp_path / f"step={step}.ckpt"
-    runner = trainer(tmp_path, callback(), log, every_step(tmp_path), max_epochs=EPOCHS, **options)
+    runner = trainer(tmp_path, callback(), log, every_step(tmp_path / "again"), max_epochs=EPOCHS, **options)
     runner.fit(build(), Batches(), ckpt_path=path, weights_only=True)
     return runner, log
 
 
 def both(tmp_path, step, build, callback):
-    return whole(tmp_path / "whole", build, callback), resumed(tmp_path / "resumed", step, build, callback)
+    return whole(tmp_path, build, callback), resumed(tmp_path, step, build, callback)
 
 
 CASES = {
@@ -95,10 +95,25 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("build", "callback"), CASES.values(), ids=CASES)
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """The uninterrupted run of a case, made once."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[case] = (folder, *whole(folder, *CASES[case]))
+        return made[case]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("step", [2, 4, 8, 10, 15, 16, 18, 20], ids="step {}".format)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, build, callback, step):
-    (one, one_log), (two, two_log) = both(tmp_path, step, build, callback)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(wholes, case, step):
+    folder, one, one_log = wholes(case)
+    two, two_log = resumed(folder, step, *CASES[case])
     tail = one_log.rows[step:]
     assert len(two_log.rows) == EPOCHS * BATCHES - step
     for row, again in zip(tail, two_log.rows, strict=True):
@@ -106,6 +121,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, build, call
         assert equal(row["state"], again["state"])
     assert same(optimizer_state(one), optimizer_state(two))
     assert any(not torch.equal(v, one_log.rows[0]["state"][n]) for n, v in two_log.rows[-1]["state"].items())
+
+
+@pytest.mark.parametrize("case", ["adamw, every step a rate", "backbone"])
+@pytest.mark.parametrize("epoch", range(5))
+def test_a_run_resumed_from_the_end_of_an_epoch_is_the_uninterrupted_one(tmp_path, wholes, case, epoch):
+    build, callback = CASES[case]
+    save = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer(tmp_path, callback(), save, max_epochs=epoch + 1).fit(build(), Batches())
+    log = Log()
+    runner = trainer(tmp_path, callback(), log, pl.callbacks.ModelCheckpoint(tmp_path), max_epochs=EPOCHS)
+    runner.fit(build(), Batches(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    _, _, whole_log = wholes(case)
+    for row, again in zip(whole_log.rows[(epoch + 1) * BATCHES :], log.rows, strict=True):
+        assert row["rates"] == again["rates"]
+        assert equal(row["state"], again["state"])
 
 
 def test_a_resumed_run_with_validation_between_is_the_uninterrupted_one(tmp_path):
@@ -168,7 +198,7 @@ def test_row_resume_does_not_freeze_again_what_had_thawed(tmp_path, step):
 
 def test_row_the_number_of_groups_is_that_of_the_checkpoint(tmp_path):
     build = partial(WithNorm, SGD)
-    runner, log = resumed(tmp_path, 16, build, functional)
+    _, (runner, log) = both(tmp_path, 16, build, functional)
     assert [len(groups) for groups in log.of_epochs("groups")] == [3, 3]
     assert [len(group["params"]) for group in runner.optimizers[0].param_groups] == [2, 6, 0]
 

@@ -67,6 +67,7 @@ def share(rank, module, data, folder, options, accumulate):
         losses = steps(DistributedDataParallel(module, **options), ours, accumulate=accumulate)
         torch.save({"losses": losses, "state": module.state_dict()}, Path(folder, f"{rank}.pt"))
         if isinstance(module, pf.Adapted):
+            assert all(value.is_shared() for value in module.frozen.values())  # one copy of the base for all
             torch.save(module.merged_state_dict(), Path(folder, f"merged-{rank}.pt"))
     finally:
         dist.destroy_process_group()
