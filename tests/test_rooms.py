@@ -129,7 +129,7 @@ def documented_alias(module: str, name: str) -> bool:
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, name, _ in PUBLIC])
 def test_every_public_name_has_a_docstring(module, name):
     thing = getattr(pf, name)
-    if inspect.isclass(thing) or inspect.isroutine(thing):
+    if inspect.isclass(thing) or inspect.isroutine(thing) or inspect.ismodule(thing):
         own = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
         assert own, f"{name} has no docstring"
         assert not own.startswith(f"{name}("), f"{name} has only the docstring that dataclass writes"

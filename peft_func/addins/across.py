@@ -72,33 +72,44 @@ def across(
     if builder_of(function) is None and not callable(function):
         raise OptionError(f"{name}: a {type(function).__name__} is no add-in; give a function or an nn.Module")
 
-    def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
-        pairs = _paired(resolve_modules(source, model, name), paths, name)
-        places = [place_at(model, path) for path in paths]
-        bodies = bodies_at(function, init, places, share=share)
+    ends = (source, taken, given)
+    return Part(sink, functools.partial(_transform, ends, function, init, name, share), name, modules=True)
 
-        def arounds(tree: Tree) -> list[Around]:
-            noting = [Around(path, functools.partial(note, (name, path, taken), taken), {}, name) for path in sources]
-            using = [
-                Around(
-                    place.path,
-                    functools.partial(use, (name, path, taken), given, bodies.function(place)),
-                    bodies.tree(tree, place),
-                    name,
-                )
-                for place, path in zip(places, pairs, strict=True)
-            ]
-            # At one module, what is taken on the way in is taken outside, and what is taken on the way out inside.
-            return [*using, *noting] if taken == "input" else [*noting, *using]
 
-        sources = list(dict.fromkeys(pairs))
-        for path, place in zip(pairs, places, strict=True):
-            if path == place.path and (taken, given) == ("output", "input"):
-                raise OptionError(f"{name}: the output of {path!r} cannot change its own input")
-        model.hosts.add(sources)
-        return Transform(bodies.init, nothing, arounds=arounds)
+def _transform(
+    ends: tuple[Where, str, str],
+    function: Any,
+    init: Init | None,
+    name: str,
+    share: bool,
+    paths: tuple[str, ...],
+    model: FunctionalModel,
+) -> Transform:
+    source, taken, given = ends
+    pairs = _paired(resolve_modules(source, model, name), paths, name)
+    sources = list(dict.fromkeys(pairs))
+    places = [place_at(model, path) for path in paths]
+    for path, place in zip(pairs, places, strict=True):
+        if path == place.path and (taken, given) == ("output", "input"):
+            raise OptionError(f"{name}: the output of {path!r} cannot change its own input")
+    bodies = bodies_at(function, init, places, share=share)
+    model.hosts.add(sources)
 
-    return Part(sink, make, name, modules=True)
+    def arounds(tree: Tree) -> list[Around]:
+        noting = [Around(path, functools.partial(note, (name, path, taken), taken), {}, name) for path in sources]
+        using = [
+            Around(
+                place.path,
+                functools.partial(use, (name, path, taken), given, bodies.function(place)),
+                bodies.tree(tree, place),
+                name,
+            )
+            for place, path in zip(places, pairs, strict=True)
+        ]
+        # At one module, what is taken on the way in is taken outside, and what is taken on the way out inside.
+        return [*using, *noting] if taken == "input" else [*noting, *using]
+
+    return Transform(bodies.init, nothing, arounds=arounds)
 
 
 def _paired(sources: Sequence[str], sinks: Sequence[str], name: str) -> Sequence[str]:

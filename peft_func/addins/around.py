@@ -134,16 +134,26 @@ def surrounding(
     if builder_of(function) is None and not callable(function):
         raise OptionError(f"{name}: a {type(function).__name__} is no add-in; give a function or an nn.Module")
 
-    def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
-        places = [place_at(model, path) for path in paths]
-        bodies = bodies_at(function, init, places, share=share)
-
-        def arounds(tree: Tree) -> list[Around]:
-            return [Around(place.path, how(bodies.function(place)), bodies.tree(tree, place), name) for place in places]
-
-        return Transform(bodies.init, nothing, arounds=arounds)
-
+    make = functools.partial(_transform, function, init, how, name, share)
     return Part(where, make, name, kind=kind, options=options, modules=True)
+
+
+def _transform(
+    function: Any,
+    init: Init | None,
+    how: Callable[[Function], Function],
+    name: str,
+    share: bool,
+    paths: tuple[str, ...],
+    model: FunctionalModel,
+) -> Transform:
+    places = [place_at(model, path) for path in paths]
+    bodies = bodies_at(function, init, places, share=share)
+
+    def arounds(tree: Tree) -> list[Around]:
+        return [Around(place.path, how(bodies.function(place)), bodies.tree(tree, place), name) for place in places]
+
+    return Transform(bodies.init, nothing, arounds=arounds)
 
 
 class Bodies:

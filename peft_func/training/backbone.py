@@ -70,7 +70,7 @@ class BackboneSchedule:
         if epoch < self.unfreeze_at:
             return None
         if epoch == self.unfreeze_at or previous is None:
-            return head_rate * self.ratio if self.initial is None else self.initial
+            return head_rate * self.ratio if self.initial is None else float(self.initial)
         growth = _number("growth", self.growth(epoch + 1) if callable(self.growth) else self.growth)
         rate = growth * previous
         return head_rate if self.align and rate > head_rate else rate

@@ -22,7 +22,9 @@ Named = Mapping[str, nn.Parameter]
 
 def held(optimizers: Iterable[Optimizer]) -> set[int]:
     """Return the identities of all parameters that the optimizers step."""
-    return {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
 
 
 def names_by_group(optimizer: Optimizer, parameters: Named) -> list[list[str]]:
@@ -83,7 +85,9 @@ def set_rate(optimizer: Optimizer, schedulers: Iterable[Any], index: int, rate: 
                 values[index] = values[0] * ratio
 
 
-def regroup(optimizer: Optimizer, schedulers: Iterable[Any], groups: Sequence[Sequence[str]], parameters: Named) -> None:
+def regroup(
+    optimizer: Optimizer, schedulers: Iterable[Any], groups: Sequence[Sequence[str]], parameters: Named
+) -> None:
     """Make the groups hold these parameters; a state of that form may then be loaded into the optimizer.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from peft_func.training.adapted import Adapted
-from peft_func.trees.paths import join, leaves
+from peft_func.training.schedule import leaf_infos
 from peft_func.trees.select import Info
 
 
@@ -35,12 +35,10 @@ def infos_of(module: nn.Module) -> dict[str, Info]:
     }
     for path, part in module.named_modules():
         if isinstance(part, Adapted):
-            known = part.adapter.model.infos
-            for keys, _ in leaves(part.trainable):
-                name = f"{path}.{join(keys)}" if path else join(keys)
-                place = next((key for key in keys if key in known), None)
-                if name in found and place is not None:
-                    found[name] = replace(found[name], modules=known[place].modules)
+            for leaf, info in leaf_infos(part.adapter).items():
+                name = f"{path}.{leaf}" if path else leaf
+                if name in found:
+                    found[name] = replace(found[name], modules=info.modules)
     return found
 
 

@@ -59,7 +59,7 @@ def norms(of: FunctionalModel | Adapter | None = None) -> Selector:
     if isinstance(of, FunctionalModel):
         infos = of.infos
     elif isinstance(of, Adapter):
-        infos = {**of.model.infos, **leaf_infos(of)}
+        infos = {**of.model.infos, **{path: info for path, info in leaf_infos(of).items() if isinstance(info, Info)}}
     else:
         raise OptionError(f"norms takes a functional model, an adapter or nothing, not a {type(of).__name__}")
     is_norm = Norms()

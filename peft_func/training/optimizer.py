@@ -95,7 +95,7 @@ class Optimizer:
         new, new_state = self.step(updates, state, params)
         return map_leaves(lambda after, before: after - before.detach(), new, params), new_state
 
-    @torch.compiler.disable(reason="torch.optim runs outside of the graph")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="torch.optim runs outside of the graph")  # type: ignore[untyped-decorator,no-untyped-call]
     def step(self, grads: Mapping[str, Any], state: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
         """Return the new tree and the new state: exactly the values that the class computes in place.
 
@@ -218,8 +218,8 @@ def optimizer(cls: type[torch.optim.Optimizer], *, groups: Groups | None = None,
     RMSprop, NAdam, RAdam, ...) trains every member as if alone; Adafactor and Muon do not, nor do others that look at
     whole tensors. Members share the count of steps: to hold one, hold its part of the tree (`pf.hold_members`).
 
-    `torch.compile` runs an update outside of its graph: with `fullgraph=True` compile what comes before it. An update is
-    not differentiable, and most do not run under `vmap` (nor need to).
+    `torch.compile` runs an update outside of its graph: with `fullgraph=True` compile what comes before it. An update
+    is not differentiable, and most do not run under `vmap` (nor need to).
 
     Args:
         cls: a class such as `torch.optim.AdamW`; not LBFGS and not SparseAdam.

@@ -332,3 +332,23 @@ def test_exceptions_in_the_module_leave_nothing_behind():
         model(model.params, -torch.ones(1, 3).double())
     x: Tensor = torch.ones(1, 3).double()
     assert torch.equal(model(model.params, x), nn.functional.linear(x, *model.params.values()))
+
+
+def test_a_net_that_keeps_handles_of_its_hooks():
+    """As transformers does after `enable_input_require_grads`: handles cannot be copied, and need not be."""
+
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.handles = [self.inner.register_forward_hook(lambda module, args, output: output * 2)]
+
+        def forward(self, x):
+            self.handles.append(None)
+            return self.inner(x)
+
+    net = Kept().double()
+    model, x = pf.functionalize(net), torch.ones(2, 3, dtype=torch.float64)
+    assert torch.equal(model(model.params, x), net(x))
+    assert torch.equal(model.train()(model.params, x), net(x))
+    assert len(model._skeleton.root.handles) == 1

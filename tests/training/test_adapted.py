@@ -402,3 +402,27 @@ def test_its_print_says_how_much_trains():
     text = repr(pf.Adapted(mlp(), pf.lora("0", rank=2)))
     assert "28 numbers train" in text
     assert "lora" in text
+
+
+def shift_init(place, key):
+    return {"shift": torch.zeros((), dtype=place.like.dtype)}
+
+
+def shift(tree, output):
+    return output + tree["shift"]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_addins_are_parameters_like_others(how):
+    method = pf.chain(pf.lora("0", rank=2), pf.after("3", shift, shift_init, name="shifts"))
+    module = moved(pf.Adapted(mlp(), method))
+    assert "shifts.3.shift" in module.state_dict()
+    x = randn(4, 6)
+    twin = copy.deepcopy(module) if how == "deepcopy" else pickle.loads(pickle.dumps(module))
+    assert torch.equal(twin(x), module(x))
+    expected = pf.export_module(module.adapter, module.frozen, module.trainable)(x)
+    torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+    module(x).sum().backward()
+    assert module.get_parameter("shifts.3.shift").grad is not None
+    with pytest.raises(pf.AddinError, match="export_module"):
+        module.merged_state_dict()

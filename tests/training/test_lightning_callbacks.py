@@ -228,7 +228,9 @@ def test_row_train_bn_false_is_honoured_in_the_frozen_phase(tmp_path):
     ours = fit(tmp_path, backbone(train_norms=False), epochs=4)
     for row in ours.log.rows:
         assert not row["trains"] & BACKBONE_NORM
-        assert equal({n: row["state"][n] for n in BACKBONE_NORM}, {n: WithNorm().state_dict()[n] for n in BACKBONE_NORM})
+        assert equal(
+            {n: row["state"][n] for n in BACKBONE_NORM}, {n: WithNorm().state_dict()[n] for n in BACKBONE_NORM}
+        )
     theirs = fit(tmp_path, Theirs(unfreeze_backbone_at_epoch=2, train_bn=False), epochs=1)
     assert theirs.log.rows[0]["trains"] >= BACKBONE_NORM  # their bug 21531
 
@@ -567,7 +569,7 @@ def test_bad_options_and_selections_are_errors(tmp_path):
         fit(tmp_path, kind())
     with pytest.raises(pf.OptionError, match="two callbacks"):
         trainer(tmp_path, finetuning(), backbone(), max_epochs=1).fit(WithNorm(), loader())
-    with pytest.raises(pf.SelectorError, match=r"epoch 1: 'hed\.\*' matches none .*head"):
+    with pytest.raises(pf.SelectorError, match=r"epoch 1: .*hed.* matches none .*head"):
         fit(tmp_path, finetuning({0: "head.*", 1: "hed.*"}))
     with pytest.raises(pf.SelectorError, match="nothing but norms"):
         fit(tmp_path, finetuning({0: pf.of_type(nn.BatchNorm1d)}, train_norms=False))

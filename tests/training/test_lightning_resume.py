@@ -42,7 +42,10 @@ def optimizer_state(runner):
     names = {p: name for name, p in runner.lightning_module.named_parameters()}
     return [
         (
-            [{key: [names[p] for p in value] if key == "params" else value for key, value in g.items()} for g in o.param_groups],
+            [
+                {key: [names[p] for p in value] if key == "params" else value for key, value in g.items()}
+                for g in o.param_groups
+            ],
             {names[p]: state for p, state in o.state.items()},
         )
         for o in runner.optimizers
@@ -255,7 +258,9 @@ def test_a_checkpoint_of_another_module_or_optimizer_is_an_error(tmp_path):
         (ManyGroups(), SCHEDULE, "8 groups, and the checkpoint has 2"),
     ):
         with pytest.raises(pf.FileFormatError, match=message):
-            trainer(tmp_path, functional(schedule), max_epochs=4).fit(module, Batches(), ckpt_path=tmp_path / "end.ckpt")
+            trainer(tmp_path, functional(schedule), max_epochs=4).fit(
+                module, Batches(), ckpt_path=tmp_path / "end.ckpt"
+            )
 
 
 SCRIPT = """

@@ -1,0 +1,296 @@
+"""The parts of a transformer, found by what its modules are: repeated blocks, attention, feed-forward, norms, head.
+
+A block is one of several modules of one class in a list, each of which holds an attention. An attention owns the
+projections of queries, keys and values: three linear maps from one width, or one of three times the width. A
+feed-forward part is two linear maps, from the width of the block and back. Class names are asked for norms only;
+names of projections help only where shapes leave it open.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from peft_func.errors import SelectorError
+from peft_func.functional.model import FunctionalModel
+
+_FUSED = re.compile(r"(?i).*(qkv|query_key_value|c_attn|in_proj)")
+_TOKEN = re.compile(r"(?i)(cls|class|dist|distillation|reg|register)_?(tokens?|embedding)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of the repeated layers of a transformer; all paths are full ones.
+
+    Attributes:
+        path: its path.
+        width: of the activations between blocks.
+        attentions: the modules that own projections of queries, keys and values: the first is the self-attention.
+        first: the linear map that the feed-forward part begins with; None if none was found, as with experts.
+        last: the linear map that it ends with.
+        mlp: the module that is the feed-forward part; None if the block runs it in pieces, as BERT's does.
+        pieces: those pieces, or the one module.
+        norms: its normalisations, in order of registration, without those inside of attentions.
+        batch_first: whether the batch is the first axis of its activations, as far as its attention says.
+    """
+
+    path: str
+    width: int
+    attentions: tuple[str, ...]
+    first: str | None
+    last: str | None
+    mlp: str | None
+    pieces: tuple[str, ...]
+    norms: tuple[str, ...]
+    batch_first: bool
+
+    @property
+    def attention(self) -> str:
+        """The self-attention."""
+        return self.attentions[0]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The parts of a model.
+
+    Attributes:
+        blocks: in order; those of an encoder come before those of its decoder.
+        norms: the normalisations behind the blocks, beside them or beside what holds them.
+        head: the last linear map behind the blocks; None if there is none.
+        prefix: how many tokens come before those of the patches (class token, registers); None for other models than
+            those of images.
+        patch: how many values of an image make a patch; None likewise.
+    """
+
+    blocks: tuple[Block, ...]
+    norms: tuple[str, ...]
+    head: str | None
+    prefix: int | None
+    patch: int | None
+
+
+def structure_of(model: FunctionalModel) -> Structure:
+    """Return the parts of a transformer.
+
+    Raises:
+        SelectorError: no repeated blocks with attentions were found.
+    """
+    root = model._skeleton.root
+    lists = _lists_of_blocks(root)
+    if not lists:
+        raise SelectorError(
+            f"{type(root).__name__} has no list of modules of one class that each hold an attention (projections of "
+            "queries, keys and values); select modules by name, by pf.of_type or by a regex"
+        )
+    blocks = tuple(_block(root, path) for paths in lists for path in paths)
+    behind = _behind(root, lists[-1])
+    linear = [path for path in behind if linear_widths(root.get_submodule(path))]
+    holders = {"", *(path.rsplit(".", n)[0] for path in lists[-1][:1] for n in range(1, path.count(".") + 1))}
+    norms = [path for path in behind if path.rpartition(".")[0] in holders and is_norm(root.get_submodule(path))]
+    patch = _patch(root, blocks)
+    prefix = None if patch is None else _prefix(root, blocks)
+    return Structure(blocks, tuple(norms), linear[-1] if linear else None, prefix, patch)
+
+
+def blocks_of(model: FunctionalModel) -> list[Block]:
+    """Return the repeated layers of a transformer, in order.
+
+    Raises:
+        SelectorError: there are none.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> from peft_func.addins.structure import blocks_of
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> first, second = blocks_of(pf.functionalize(torch.nn.TransformerEncoder(layer, 2)))
+        >>> first.path, first.attention, first.first, first.width
+        ('layers.0', 'layers.0.self_attn', 'layers.0.linear1', 8)
+    """
+    return list(structure_of(model).blocks)
+
+
+def linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Return the widths `(in, out)` of a linear map, Hugging Face's Conv1D included; None for another module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = module._parameters.get("weight")
+    if type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2:
+        return int(weight.shape[0]), int(weight.shape[1])
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises activations, with a scale of its own at most."""
+    own = [tensor for tensor in module.parameters(recurse=False)]
+    named = "norm" in type(module).__name__.lower()
+    return named and not list(module.children()) and all(tensor.dim() == 1 for tensor in own)
+
+
+def projections_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names, in an attention, of the projections of queries, keys and values, or of the one for all three.
+
+    They are empty for a module that is no attention, and for `nn.MultiheadAttention`, whose projections are parameters.
+    """
+    own = {name: widths for name, child in module.named_children() if (widths := linear_widths(child))}
+    inputs = {widths[0] for widths in own.values()}
+    for name, (width, out) in own.items():
+        if out not in inputs - {width} and out > width and (out == 3 * width or _FUSED.fullmatch(name)):
+            return (name,)
+    letters = {letter: _starting(letter, own) for letter in "qkv"}
+    if all(letters.values()):
+        found = tuple(name for name in letters.values() if name is not None)
+        return found if len({own[name][0] for name in found}) == 1 else ()
+    heads = any("head" in key and isinstance(value, int) for key, value in vars(module).items())
+    by_width = [[name for name in own if own[name][0] == width] for width in sorted(inputs)]
+    same = next((tuple(names[:3]) for names in by_width if len(names) >= 3), ())
+    return same if heads and same and own[same[1]] == own[same[2]] else ()
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module owns the projections of an attention."""
+    return isinstance(module, nn.MultiheadAttention) or bool(projections_of(module))
+
+
+def width_into(module: nn.Module) -> int | None:
+    """Return the width of what a module takes, by the first module in it that knows; None if none does."""
+    for part in module.modules():
+        widths = linear_widths(part)
+        if widths:
+            return widths[0]
+        if isinstance(part, nn.MultiheadAttention):
+            return part.embed_dim
+        if is_norm(part) and list(part.parameters(recurse=False)):
+            return len(next(part.parameters(recurse=False)))
+    return None
+
+
+def width_out_of(module: nn.Module) -> int | None:
+    """Return the width of what a module gives, by the last module in it that knows; None if none does."""
+    for part in reversed(list(module.modules())):
+        widths = linear_widths(part)
+        if widths:
+            return widths[1]
+        if isinstance(part, nn.Embedding):
+            return part.embedding_dim
+        if is_norm(part) and list(part.parameters(recurse=False)):
+            return len(next(part.parameters(recurse=False)))
+    return None
+
+
+def _starting(letter: str, names: dict[str, tuple[int, int]]) -> str | None:
+    fits = re.compile(rf"(?i)(?:to_|w|c_|linear_)?{letter}(?![a-z])|(?:{dict(q='query', k='key', v='value')[letter]})")
+    return next((name for name in names if fits.match(name)), None)
+
+
+def _lists_of_blocks(root: nn.Module) -> list[list[str]]:
+    """Return the paths of the blocks of every list of them; of nested lists, the inner."""
+    attentions = [path for path, module in root.named_modules() if is_attention(module)]
+    found: list[list[str]] = []
+    for path, module in root.named_modules():
+        children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(child) for _, child in children}) != 1:
+            continue
+        if all(any(at.startswith(child + ".") for at in attentions) for child, _ in children):
+            found.append([child for child, _ in children])
+    inner = [paths for paths in found if not any(_holds(paths, other) for other in found if other is not paths)]
+    return inner
+
+
+def _holds(paths: list[str], others: list[str]) -> bool:
+    return any(other.startswith(path + ".") for path in paths for other in others)
+
+
+def _block(root: nn.Module, path: str) -> Block:
+    block = root.get_submodule(path)
+    inside = dict(block.named_modules())
+    attentions = [at for at, module in inside.items() if is_attention(module)]
+    attentions = [at for at in attentions if not any(at.startswith(outer + ".") for outer in attentions)]
+    attention = inside[attentions[0]]
+    width = width_into(attention)
+    assert width is not None  # an attention has projections
+    rest = {at: module for at, module in inside.items() if not any(_within(at, outer) for outer in attentions)}
+    pair = _feed_forward({at: widths for at, module in rest.items() if (widths := linear_widths(module))}, width)
+    mlp, pieces = None, ()
+    if pair is not None:
+        common = _common(*pair)
+        mlp = f"{path}.{common}" if common else None
+        pieces = (mlp,) if mlp else tuple(f"{path}.{at.partition('.')[0]}" for at in pair)
+    first, last = (None, None) if pair is None else (f"{path}.{at}" for at in pair)
+    return Block(
+        path=path,
+        width=width,
+        attentions=tuple(f"{path}.{at}" for at in attentions),
+        first=first,
+        last=last,
+        mlp=mlp,
+        pieces=pieces,
+        norms=tuple(f"{path}.{at}" for at, module in rest.items() if is_norm(module)),
+        batch_first=all(inside[at].batch_first for at in attentions if isinstance(inside[at], nn.MultiheadAttention)),
+    )
+
+
+def _feed_forward(linears: dict[str, tuple[int, int]], width: int) -> tuple[str, str] | None:
+    """Return the first and the last linear map of a feed-forward part: from the width to another one, and back."""
+    names = list(linears)
+    pairs = [
+        (first, last)
+        for i, first in enumerate(names)
+        for last in names[i + 1 :]
+        if linears[first][0] == width == linears[last][1] and linears[first][1] == linears[last][0]
+    ]
+    # Where all widths are one, the output of an attention comes first, and the two maps of one module go together.
+    pairs.sort(key=lambda pair: (linears[pair[0]][1] == width, -len(_common(*pair))))
+    if not pairs:
+        return None
+    first = pairs[0][0]
+    return first, next(last for begin, last in reversed(pairs) if begin == first and _common(first, last) == _common(*pairs[0]))
+
+
+def _common(one: str, other: str) -> str:
+    """Return the path of the module that holds both."""
+    shared = []
+    for a, b in zip(one.split(".")[:-1], other.split(".")[:-1], strict=False):
+        if a != b:
+            break
+        shared.append(a)
+    return ".".join(shared)
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".")
+
+
+def _behind(root: nn.Module, blocks: list[str]) -> list[str]:
+    """Return the paths of the modules that are registered behind the blocks."""
+    paths = [path for path, _ in root.named_modules()]
+    last = max(i for i, path in enumerate(paths) if _within(path, blocks[-1]))
+    return paths[last + 1 :]
+
+
+def _outside(root: nn.Module, blocks: tuple[Block, ...]) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in root.named_modules():
+        if not any(_within(path, block.path) for block in blocks):
+            yield path, module
+
+
+def _patch(root: nn.Module, blocks: tuple[Block, ...]) -> int | None:
+    for _, module in _outside(root, blocks):
+        if isinstance(module, nn.Conv2d) and module.out_channels == blocks[0].width:
+            return module.in_channels * prod(module.kernel_size)
+    return None
+
+
+def _prefix(root: nn.Module, blocks: tuple[Block, ...]) -> int:
+    for _, module in _outside(root, blocks):
+        known = vars(module).get("num_prefix_tokens")
+        if isinstance(known, int):
+            return known
+    width, count = blocks[0].width, 0
+    for _, module in _outside(root, blocks):
+        for name, tensor in module.named_parameters(recurse=False):
+            if _TOKEN.fullmatch(name) and tensor.shape[-1] == width:
+                count += tensor.numel() // width
+    return count
