@@ -49,7 +49,7 @@ def adding(
     where: Where,
     change: Change,
     init: Init,
-    form: str | Callable[[Sequence[Place]], Sequence[str]],
+    form: str,
     *,
     name: str,
     kind: str,
@@ -62,7 +62,7 @@ def adding(
         where: a selector over modules.
         change: what is added.
         init: the first values of the tree of a place.
-        form: one of `FORMS`, or what tells it for all places.
+        form: one of `FORMS`.
         name: the sub-tree.
         kind: the name of the constructor, for files.
         options: its options as JSON.
@@ -71,7 +71,6 @@ def adding(
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
         places = [place_at(model, path) for path in paths]
-        forms = [form] * len(places) if isinstance(form, str) else form(places)
         if shared is not None and SHARED in paths:
             raise OptionError(f"{name}: a module named {SHARED!r} cannot be a place: the tree has shared leaves there")
 
@@ -81,10 +80,8 @@ def adding(
 
         def arounds(tree: Tree) -> Iterable[Around]:
             common = tree.get(SHARED, {}) if shared is not None else {}
-            return [
-                Around(place.path, functools.partial(adds, how, change), {**common, **tree[place.path]}, name)
-                for place, how in zip(places, forms, strict=True)
-            ]
+            function = functools.partial(adds, form, change)
+            return [Around(place.path, function, {**common, **tree[place.path]}, name) for place in places]
 
         return Transform(draw, nothing, arounds=arounds)
 

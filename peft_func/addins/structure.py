@@ -124,7 +124,7 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises activations, with a scale of its own at most."""
-    own = [tensor for tensor in module.parameters(recurse=False)]
+    own = list(module.parameters(recurse=False))
     named = "norm" in type(module).__name__.lower()
     return named and not list(module.children()) and all(tensor.dim() == 1 for tensor in own)
 
@@ -136,14 +136,15 @@ def projections_of(module: nn.Module) -> tuple[str, ...]:
     """
     own = {name: widths for name, child in module.named_children() if (widths := linear_widths(child))}
     inputs = {widths[0] for widths in own.values()}
+    heads = any("head" in key and isinstance(value, int) for key, value in vars(module).items())
     for name, (width, out) in own.items():
-        if out not in inputs - {width} and out > width and (out == 3 * width or _FUSED.fullmatch(name)):
+        fused = _FUSED.fullmatch(name) is not None or (heads and out == 3 * width)
+        if fused and width < out and out not in inputs:
             return (name,)
     letters = {letter: _starting(letter, own) for letter in "qkv"}
     if all(letters.values()):
         found = tuple(name for name in letters.values() if name is not None)
         return found if len({own[name][0] for name in found}) == 1 else ()
-    heads = any("head" in key and isinstance(value, int) for key, value in vars(module).items())
     by_width = [[name for name in own if own[name][0] == width] for width in sorted(inputs)]
     same = next((tuple(names[:3]) for names in by_width if len(names) >= 3), ())
     return same if heads and same and own[same[1]] == own[same[2]] else ()
@@ -154,34 +155,9 @@ def is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or bool(projections_of(module))
 
 
-def width_into(module: nn.Module) -> int | None:
-    """Return the width of what a module takes, by the first module in it that knows; None if none does."""
-    for part in module.modules():
-        widths = linear_widths(part)
-        if widths:
-            return widths[0]
-        if isinstance(part, nn.MultiheadAttention):
-            return part.embed_dim
-        if is_norm(part) and list(part.parameters(recurse=False)):
-            return len(next(part.parameters(recurse=False)))
-    return None
-
-
-def width_out_of(module: nn.Module) -> int | None:
-    """Return the width of what a module gives, by the last module in it that knows; None if none does."""
-    for part in reversed(list(module.modules())):
-        widths = linear_widths(part)
-        if widths:
-            return widths[1]
-        if isinstance(part, nn.Embedding):
-            return part.embedding_dim
-        if is_norm(part) and list(part.parameters(recurse=False)):
-            return len(next(part.parameters(recurse=False)))
-    return None
-
-
 def _starting(letter: str, names: dict[str, tuple[int, int]]) -> str | None:
-    fits = re.compile(rf"(?i)(?:to_|w|c_|linear_)?{letter}(?![a-z])|(?:{dict(q='query', k='key', v='value')[letter]})")
+    word = {"q": "query", "k": "key", "v": "value"}[letter]
+    fits = re.compile(rf"(?i)(?:to_|w|c_|linear_)?{letter}(?![a-z])|{word}")
     return next((name for name in names if fits.match(name)), None)
 
 
@@ -195,8 +171,7 @@ def _lists_of_blocks(root: nn.Module) -> list[list[str]]:
             continue
         if all(any(at.startswith(child + ".") for at in attentions) for child, _ in children):
             found.append([child for child, _ in children])
-    inner = [paths for paths in found if not any(_holds(paths, other) for other in found if other is not paths)]
-    return inner
+    return [paths for paths in found if not any(_holds(paths, other) for other in found if other is not paths)]
 
 
 def _holds(paths: list[str], others: list[str]) -> bool:
@@ -209,11 +184,14 @@ def _block(root: nn.Module, path: str) -> Block:
     attentions = [at for at, module in inside.items() if is_attention(module)]
     attentions = [at for at in attentions if not any(at.startswith(outer + ".") for outer in attentions)]
     attention = inside[attentions[0]]
-    width = width_into(attention)
-    assert width is not None  # an attention has projections
+    width = _width(attention)
     rest = {at: module for at, module in inside.items() if not any(_within(at, outer) for outer in attentions)}
-    pair = _feed_forward({at: widths for at, module in rest.items() if (widths := linear_widths(module))}, width)
-    mlp, pieces = None, ()
+    linears = {at: widths for at, module in rest.items() if (widths := linear_widths(module))}
+    beside = attentions[0].rpartition(".")[0]  # what else is there belongs to the attention, such as its output
+    apart = {at: widths for at, widths in linears.items() if not beside or not _within(at, beside)}
+    pair = _feed_forward(apart, width) or _feed_forward(linears, width)
+    mlp: str | None = None
+    pieces: tuple[str, ...] = ()
     if pair is not None:
         common = _common(*pair)
         mlp = f"{path}.{common}" if common else None
@@ -232,6 +210,13 @@ def _block(root: nn.Module, path: str) -> Block:
     )
 
 
+def _width(attention: nn.Module) -> int:
+    if isinstance(attention, nn.MultiheadAttention):
+        return int(attention.embed_dim)
+    widths = linear_widths(attention.get_submodule(projections_of(attention)[0]))
+    return widths[0] if widths else 0
+
+
 def _feed_forward(linears: dict[str, tuple[int, int]], width: int) -> tuple[str, str] | None:
     """Return the first and the last linear map of a feed-forward part: from the width to another one, and back."""
     names = list(linears)
@@ -241,12 +226,13 @@ def _feed_forward(linears: dict[str, tuple[int, int]], width: int) -> tuple[str,
         for last in names[i + 1 :]
         if linears[first][0] == width == linears[last][1] and linears[first][1] == linears[last][0]
     ]
-    # Where all widths are one, the output of an attention comes first, and the two maps of one module go together.
-    pairs.sort(key=lambda pair: (linears[pair[0]][1] == width, -len(_common(*pair))))
-    if not pairs:
-        return None
-    first = pairs[0][0]
-    return first, next(last for begin, last in reversed(pairs) if begin == first and _common(first, last) == _common(*pairs[0]))
+
+    def fitness(pair: tuple[str, str]) -> tuple[int, ...]:
+        # Maps of one module go together; where two maps begin (gate and up), the one back is the last.
+        first, last = pair
+        return linears[first][1] != width, len(_common(first, last)), -names.index(first), names.index(last)
+
+    return max(pairs, key=fitness, default=None)
 
 
 def _common(one: str, other: str) -> str:

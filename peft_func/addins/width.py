@@ -5,7 +5,7 @@ from torch import nn
 from peft_func.addins.place import Place
 from peft_func.errors import OptionError
 from peft_func.trees.select import Info
-from peft_func.weights.layout import Storage, layout_of
+from peft_func.weights.layout import Layout, Storage, layout_of
 
 Widths = tuple[int, int]
 """Features in and out."""
@@ -27,50 +27,37 @@ def widths(place: Place, name: str, width: int | None = None) -> Widths:
     """
     if width is not None:
         return width, width
-    modules = list(place.module.modules())
     if isinstance(place.module, nn.Embedding):
         return place.module.embedding_dim, place.module.embedding_dim
-    norms = []
-    matrices = []
-    for module in modules:
-        storage = _storage(module)
-        if storage in (Storage.CONV, Storage.CONV_TRANSPOSED):
+    matrices, norms = [], []
+    for module in place.module.modules():
+        inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(inputs, int) and isinstance(outputs, int):
+            matrices.append((inputs, outputs))  # also where the weight is stored in another way: quantised
+            continue
+        layout = _layout(module)
+        if layout is None or isinstance(module, nn.Embedding):
+            continue
+        if layout.is_conv or isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
             raise OptionError(
-                f"{name}: {place.path!r} convolves, and the features of a convolution are not on the last axis; "
+                f"{name}: {place.path!r} has a {type(module).__name__}, whose features are not on the last axis; "
                 "choose other modules"
             )
-        if storage in (Storage.MATRIX, Storage.TRANSPOSED) and not isinstance(module, nn.Embedding):
-            matrices.append(_features(module))
-        elif storage is Storage.VECTOR:
-            norms.append(_features(module))
+        if layout.storage is Storage.VECTOR:
+            norms.append((layout.shape[-1], layout.shape[-1]))
+        else:
+            matrices.append((layout.matrix_shape[-1], layout.matrix_shape[-2]))
     found = matrices or norms
     if not found:
-        kind = type(place.module).__name__
         raise OptionError(
-            f"{name}: {place.path!r} ({kind}) has no weights that tell how many features it has; give width=..."
+            f"{name}: no weight of {place.path!r} ({type(place.module).__name__}) tells how many features it has; "
+            "give width=..."
         )
     return found[0][0], found[-1][1]
 
 
-def _info(module: nn.Module) -> Info | None:
+def _layout(module: nn.Module) -> Layout | None:
     weight = module._parameters.get("weight")
-    return None if weight is None else Info("weight", tuple(weight.shape), weight.dtype, (type(module),))
-
-
-def _storage(module: nn.Module) -> Storage | None:
-    info = _info(module)
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
-        return Storage.MATRIX  # also where the weight is stored in another way: quantised
-    return None if info is None or not info.ndim else layout_of(info).storage
-
-
-def _features(module: nn.Module) -> Widths:
-    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(inputs, int) and isinstance(outputs, int):
-        return inputs, outputs
-    info = _info(module)
-    assert info is not None
-    if info.ndim == 1:
-        return info.shape[0], info.shape[0]
-    out, width = layout_of(info).matrix_shape[-2:]
-    return width, out
+    if weight is None or not weight.ndim:
+        return None
+    return layout_of(Info("weight", tuple(weight.shape), weight.dtype, (type(module),)))

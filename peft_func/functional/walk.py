@@ -1,12 +1,14 @@
 """The modules of a net in the order of a walk: registration order, parents before children, each module once."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from peft_func.errors import SelectorError
 from peft_func.trees.modules import ModuleInfo
-from peft_func.trees.select import Info, Where, resolve
+from peft_func.trees.select import AllOf, AnyOf, Info, Not, Selector, Where, as_selector, resolve
 
 if TYPE_CHECKING:
     from peft_func.functional.model import FunctionalModel
@@ -54,6 +56,31 @@ def below(tree: dict[str, ModuleInfo], path: str) -> Iterator[ModuleInfo]:
             ahead += reversed(info.children)
 
 
+class Structural(Selector):
+    """A selector that asks the whole model, not one place: what it chooses is known once the model is."""
+
+    @abstractmethod
+    def within(self, model: "FunctionalModel") -> Selector:
+        """Return what it stands for in a model."""
+
+    def __call__(self, path: str, info: Info) -> bool:
+        raise SelectorError(f"{self!r} asks the whole model; it cannot be asked about {path!r} alone")
+
+
+def settled(where: Where, model: "FunctionalModel") -> Where:
+    """Return a selector in which what asks the whole model is replaced by what it stands for there."""
+    if isinstance(where, str):
+        return where
+    selector = as_selector(where)
+    if isinstance(selector, Structural):
+        return selector.within(model)
+    if isinstance(selector, AllOf | AnyOf) and any(settled(part, model) is not part for part in selector.parts):
+        return type(selector)(tuple(as_selector(settled(part, model)) for part in selector.parts))
+    if isinstance(selector, Not) and (part := settled(selector.part, model)) is not selector.part:
+        return Not(as_selector(part))
+    return where
+
+
 def resolve_modules(where: Where, model: "FunctionalModel", purpose: str) -> tuple[str, ...]:
     """Return the paths of the modules of a model that a selector chooses, in the order of a walk.
 
@@ -61,4 +88,4 @@ def resolve_modules(where: Where, model: "FunctionalModel", purpose: str) -> tup
         SelectorError: there are none; the message names the nearest.
     """
     infos = cast("list[Info]", list(walk(model._skeleton.root).values()))
-    return resolve(where, infos, purpose, "modules")
+    return resolve(settled(where, model), infos, purpose, "modules")

@@ -39,21 +39,28 @@ def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False, members: 
             raise TreeError("the tree has no leaves; there is nothing to train")
         count = count_stacked(tree) if members else None
 
-        def total(own: Any) -> tuple[Tensor, Any]:
+        rest: list[Any] = []
+
+        def total(own: Any) -> tuple[Tensor, list[Tensor]]:
             found = loss(own, *args)
             if has_aux and not (isinstance(found, tuple) and len(found) == 2):
                 raise TreeError(f"with has_aux=True the loss gives (loss, aux); it gave {_kind(found)}")
-            value, aux = found if has_aux else (found, None)
+            value = found[0] if has_aux else found
             _check_loss(value, count)
+            tensors = [value.detach()]
+            if has_aux:  # torch.func.grad hands on tensors only
+                parts, form = pytree.tree_flatten(found[1])
+                tensors += [part.detach() for part in parts if isinstance(part, Tensor)]
+                rest[:] = [form, [None if isinstance(part, Tensor) else (part,) for part in parts]]
             # Members do not meet, so the gradient of the sum holds each one's own.
-            return value.sum(), (value.detach(), pytree.tree_map_only(Tensor, torch.detach, aux))
+            return value.sum(), tensors
 
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-            grads, (value, aux) = torch.func.grad(total, has_aux=True)(dict(tree))
+        if in_transform():
+            grads, tensors = torch.func.grad(total, has_aux=True)(dict(tree))
         else:
             own = map_leaves(lambda leaf: leaf.detach().requires_grad_(), tree)
             with torch.enable_grad():
-                scalar, (value, aux) = total(own)
+                scalar, tensors = total(own)
             if not scalar.requires_grad:
                 raise TreeError(
                     "the loss does not depend on the tree: nothing of it was used, or the graph was cut (detach, "
@@ -61,9 +68,21 @@ def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False, members: 
                 )
             found = torch.autograd.grad(scalar, [leaf for _, leaf in leaves(own)], materialize_grads=True)
             grads = from_leaves(zip(flat, found, strict=True))
-        return grads, (value, aux) if has_aux else value
+        if not has_aux:
+            return grads, tensors[0]
+        form, others = rest
+        kept = iter(tensors[1:])
+        return grads, (
+            tensors[0],
+            pytree.tree_unflatten([next(kept) if one is None else one[0] for one in others], form),
+        )
 
     return grads_of
+
+
+def in_transform() -> bool:
+    """Say whether `torch.func` or `torch.compile` looks on, which autograd in eager mode would bypass."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def count_stacked(tree: Mapping[str, Any]) -> int:

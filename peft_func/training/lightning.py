@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from peft_func.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from peft_func.training.lightning_callbacks import BackboneFinetuning as BackboneFinetuning
+    from peft_func.training.lightning_backbone import BackboneFinetuning as BackboneFinetuning
     from peft_func.training.lightning_callbacks import FunctionalFinetuning as FunctionalFinetuning
     from peft_func.training.lightning_module import FunctionalModule as FunctionalModule
 
 _HOMES = {
-    "BackboneFinetuning": "peft_func.training.lightning_callbacks",
+    "BackboneFinetuning": "peft_func.training.lightning_backbone",
     "FunctionalFinetuning": "peft_func.training.lightning_callbacks",
     "FunctionalModule": "peft_func.training.lightning_module",
 }

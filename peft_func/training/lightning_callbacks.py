@@ -10,24 +10,25 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from peft_func.errors import OptionError, SelectorError
-from peft_func.training.adapted import Adapted
-from peft_func.training.backbone import BackboneSchedule
+from peft_func.errors import FileFormatError, OptionError, SelectorError
 from peft_func.training.lightning_groups import held, join, leave, names_by_group, regroup, set_rate
-from peft_func.training.lightning_selection import frozen_statistics, infos_of, statistics
+from peft_func.training.lightning_selection import infos_of
+from peft_func.training.lightning_statistics import Quiet, hides_statistics
 from peft_func.training.lightning_strategy import check_strategy, wrap_again
 from peft_func.training.norms import norms
-from peft_func.trees.select import Info, Where, nearest, resolve
+from peft_func.trees.select import Where, resolve
+
+_STATE = {"epoch", "groups", "trains", "joined"}
 
 
 class FunctionalFinetuning(Callback):  # type: ignore[misc]
-    """Sets what trains at the start of every epoch, and gives the optimizer's groups what thaws.
+    r"""Sets what trains at the start of every epoch, and gives the optimizer's groups what thaws.
 
-    Give a schedule, or override `selection`. Selectors see the names of `pl_module.named_parameters()`; what is selected
-    trains, and everything else is frozen: no gradient, no place in the optimizer, no optimizer state. The module's own
-    `configure_optimizers` makes the optimizer for what trains at epoch 0 (all that requires a gradient). What thaws
-    later joins it in a group of its own, with a rate from `rate`, which then keeps its ratio to the rate of the first
-    group under any scheduler of torch. Which parameter is which goes by identity.
+    Give a schedule, or override `selection`. Selectors see the names of `pl_module.named_parameters()`; what is
+    selected trains, and everything else is frozen: no gradient, no place in the optimizer, no optimizer state. The
+    module's own `configure_optimizers` makes the optimizer for what trains at epoch 0 (all that requires a gradient).
+    What thaws later joins it in a group of its own, with a rate from `rate`, which then keeps its ratio to the rate of
+    the first group under any scheduler of torch. Which parameter is which goes by identity.
 
     Args:
         schedule: from the epoch to a selector, such as `pf.schedule({0: "head.*", 5: ".*"})`.
@@ -49,7 +50,7 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         >>> import peft_func as pf
         >>> class Unfreeze(pf.lightning.FunctionalFinetuning):
         ...     def selection(self, epoch):
-        ...         return r".*" if epoch >= 7 else ~pf.path(r"feature_extractor\\..*")
+        ...         return r".*" if epoch >= 7 else ~pf.path(r"feature_extractor\..*")
         >>> callbacks = [Unfreeze()]  # for lightning.Trainer(callbacks=callbacks)
     """
 
@@ -116,18 +117,19 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         return names
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = None  # Lightning loads states after this; one that was loaded for a test is not for a fit
         if stage != "fit":
             return
         check_strategy(trainer, type(self).__name__)
         if sum(isinstance(callback, FunctionalFinetuning) for callback in trainer.callbacks) > 1:
             raise OptionError("two callbacks cannot both decide what trains; make one schedule of the two")
-        if self.update_statistics is not None and _hides_statistics(pl_module):
+        if self.update_statistics is not None and hides_statistics(pl_module):
             raise OptionError(
                 "update_statistics does not reach the net inside pf.Adapted; name its BatchNorms with always_eval=..."
             )
         self._fit = (trainer, pl_module)
         self._joined: dict[int, float] = {}  # index of the group: the rate that was last given
-        self._quiet: list[nn.Module] = []
+        self._quiet = Quiet(self.update_statistics)
         self._epoch = -1  # the last that was begun
         _require_grad(pl_module, self.chosen(pl_module, 0))
 
@@ -140,6 +142,11 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         restored, self._restored = self._restored, None
         if restored is None:
             return
+        if restored.keys() != _STATE or len(restored["groups"]) != len(trainer.optimizers):
+            raise FileFormatError(
+                f"the checkpoint's state of {type(self).__name__} is of another callback, or not for "
+                f"{len(trainer.optimizers)} optimizer(s): resume with those that it was saved with"
+            )
         parameters = dict(pl_module.named_parameters())
         for optimizer, groups in zip(trainer.optimizers, restored["groups"], strict=True):
             regroup(optimizer, _schedulers(trainer), groups, parameters)
@@ -149,7 +156,7 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
             wrap_again(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._choose_quiet(pl_module)  # a run that is resumed inside an epoch does not start that epoch again
+        self._quiet.choose(pl_module)  # a run that is resumed inside an epoch does not start that epoch again
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module, trainer.current_epoch)
@@ -157,8 +164,7 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Lightning starts no epoch where it resumes from the last batch of the one before.
         self._begin(trainer, pl_module, trainer.current_epoch)
-        for part in self._quiet:  # at every batch: validation, or the module's own hooks, may have set the modes
-            part.training = False
+        self._quiet.hold()  # at every batch: validation, or the module's own hooks, may have set the modes
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         if epoch == self._epoch:
@@ -170,57 +176,49 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
         for optimizer in trainer.optimizers:
             leave(optimizer, (parameter for name, parameter in parameters.items() if name not in chosen))
         # What a module leaves out of its optimizer from the start (a teacher) stays out.
-        wanted = chosen & flipped | chosen - set(resolve(self.selection(0), infos_of(pl_module).values(), "epoch 0"))
+        first = resolve(self.selection(0), infos_of(pl_module).values(), "epoch 0")
         present = held(trainer.optimizers)
-        joining = {n: p for n, p in parameters.items() if n in wanted and id(p) not in present}
-        self._set_rates(trainer, epoch, joining)
+        joining = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if name in chosen and (name in flipped or name not in first) and id(parameter) not in present
+        }
+        self._move_rates(trainer, epoch)
+        if joining:
+            self._join(trainer, epoch, joining)
         if flipped:
             wrap_again(trainer)
-        self._choose_quiet(pl_module)
+        self._quiet.choose(pl_module)
 
-    def _set_rates(self, trainer: Trainer, epoch: int, joining: Mapping[str, nn.Parameter]) -> None:
+    def _move_rates(self, trainer: Trainer, epoch: int) -> None:
+        optimizer = trainer.optimizers[self.optimizer or 0]
+        head_rate = float(optimizer.param_groups[0]["lr"])
+        for index, previous in self._joined.items():
+            rate = self.rate(epoch, head_rate, previous)
+            if rate is not None:
+                self._joined[index] = rate
+                set_rate(optimizer, _schedulers(trainer), index, rate, rate / head_rate if head_rate else None)
+
+    def _join(self, trainer: Trainer, epoch: int, joining: Mapping[str, nn.Parameter]) -> None:
         optimizer, schedulers = trainer.optimizers[self.optimizer or 0], _schedulers(trainer)
         groups = optimizer.param_groups
         head_rate = float(groups[0]["lr"])
-        if joining:
-            empty = next((index for index in self._joined if not groups[index]["params"]), None)
-            new = join(optimizer, schedulers, joining, empty)
-            self._joined.pop(new, None)
-            # A scheduler may have the head at zero just now: what they begin with then says how they are related.
-            reference = head_rate or float(groups[0].get("initial_lr", 0.0))
-            rate = self.rate(epoch, reference, None)
-            if rate is None or not rate >= 0:
-                raise OptionError(f"{type(self).__name__}.rate gave {rate!r} for a group that joins at epoch {epoch}")
-            set_rate(optimizer, schedulers, new, rate if head_rate else 0.0, rate / reference if reference else 1.0)
-        for index, previous in self._joined.items():
-            moved = self.rate(epoch, head_rate, previous)
-            if moved is not None:
-                self._joined[index] = moved
-                set_rate(optimizer, schedulers, index, moved, moved / head_rate if head_rate else None)
-        if joining:
-            self._joined[new] = rate
-
-    def _choose_quiet(self, pl_module: LightningModule) -> None:
-        """Choose the modules that keep their statistics; what was quiet and is no more trains again."""
-        if self.update_statistics is None:
-            chosen = list(frozen_statistics(pl_module))
-        else:
-            chosen = [] if self.update_statistics else list(statistics(pl_module))
-        self._release(but={id(part) for part in chosen})
-        self._quiet += [part for part in chosen if part.training]
-
-    def _release(self, but: set[int] = frozenset()) -> None:  # type: ignore[assignment]
-        for part in self._quiet:
-            if id(part) not in but:
-                part.training = True
-        self._quiet = [part for part in self._quiet if id(part) in but]
+        # A scheduler may have the head at zero just now: what the rates begin with then says how they are related.
+        reference = head_rate or float(groups[0].get("initial_lr", 0.0))
+        rate = self.rate(epoch, reference, None)
+        if rate is None or not rate >= 0:
+            raise OptionError(f"{type(self).__name__}.rate gave {rate!r} for a group that joins at epoch {epoch}")
+        empty = next((index for index in self._joined if not groups[index]["params"]), None)
+        index = join(optimizer, schedulers, joining, empty)
+        self._joined[index] = rate
+        set_rate(optimizer, schedulers, index, rate if head_rate else 0.0, rate / reference if reference else 1.0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
+        self._quiet.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._fit is not None:
-            self._release()
+            self._quiet.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups by name, and what trains; the rest of a group is in the state of its optimizer."""
@@ -237,87 +235,6 @@ class FunctionalFinetuning(Callback):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-class BackboneFinetuning(FunctionalFinetuning):
-    """Trains the head, then the backbone as well, at a rate that grows from epoch to epoch up to that of the head.
-
-    The rates are those of `schedule`; the head's is that of the optimizer's first group. What is outside the backbone is
-    as the module has it.
-
-    Args:
-        backbone: the path of a module, or a selector.
-        schedule: from which epoch the backbone trains, and at which rates; by default from epoch 10, at a tenth of the
-            head's, then doubled every epoch.
-        train_norms: see `FunctionalFinetuning`; as in Lightning, those of the backbone train from the start by default.
-            With False they never train.
-        update_statistics: see there.
-        optimizer: see there.
-
-    Raises:
-        SelectorError: no parameter is the backbone's.
-
-    Example:
-        >>> import peft_func as pf
-        >>> schedule = pf.BackboneSchedule(unfreeze_at=2, growth=1.5)
-        >>> callback = pf.lightning.BackboneFinetuning("encoder", schedule, train_norms=False)
-    """
-
-    backbone: Where = "backbone"
-    train_norms = True
-
-    def __init__(
-        self,
-        backbone: Where = "backbone",
-        schedule: BackboneSchedule | None = None,
-        *,
-        train_norms: bool | None = True,
-        update_statistics: bool | None = None,
-        optimizer: int | None = None,
-    ) -> None:
-        super().__init__(train_norms=train_norms, update_statistics=update_statistics, optimizer=optimizer)
-        self.backbone = backbone
-        self.rates = BackboneSchedule() if schedule is None else schedule
-        self._names: frozenset[str] = frozenset()
-        self._head: frozenset[str] = frozenset()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            infos = infos_of(pl_module)
-            trains = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
-            self._names = frozenset(_part(self.backbone, pl_module, infos))
-            self._head = frozenset(trains - self._names)
-        super().setup(trainer, pl_module, stage)
-
-    def selection(self, epoch: int) -> Where:
-        return lambda path, info: path in self._head or (epoch >= self.rates.unfreeze_at and path in self._names)
-
-    def chosen(self, pl_module: LightningModule, epoch: int) -> set[str]:
-        return super().chosen(pl_module, epoch) & (self._head | self._names)  # norms that the user froze stay frozen
-
-    def rate(self, epoch: int, head_rate: float, previous: float | None) -> float | None:
-        if epoch < self.rates.unfreeze_at:  # norms of the backbone that the module left out of its optimizer
-            return self.rates.rate(self.rates.unfreeze_at, head_rate, None) if previous is None else None
-        return self.rates.rate(epoch, head_rate, previous)
-
-
-def _part(where: Where, pl_module: LightningModule, infos: Mapping[str, Info]) -> set[str]:
-    """Return the names of the parameters of a module by its path, or of those that a selector chooses."""
-    if isinstance(where, str) and where in dict(pl_module.named_modules()):
-        below = {name for name in infos if name.startswith(f"{where}.")}
-        if below:
-            return below
-    try:
-        return set(resolve(where, infos.values(), "backbone"))
-    except SelectorError as error:
-        paths = [path for path, _ in pl_module.named_modules() if path]
-        close = ", ".join(nearest(where if isinstance(where, str) else "", paths))
-        raise SelectorError(f"{error} The nearest modules: {close}.") from None
-
-
-def _hides_statistics(pl_module: LightningModule) -> bool:
-    nets = (part.bound_net() for part in pl_module.modules() if isinstance(part, Adapted))
-    return any(True for net in nets for _ in statistics(net))
 
 
 def _require_grad(pl_module: LightningModule, names: set[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""A LightningModule over `pf.Adapted`: the usual loops around any net and any method, to be used as it is or subclassed."""
+"""A LightningModule over `pf.Adapted`: the usual loops around any net and any method."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,8 +25,9 @@ class FunctionalModule(LightningModule):  # type: ignore[misc]
     """A net with an adapter, as a LightningModule; its checkpoints hold the adapter, and not the net.
 
     Batches are pairs `(x, target)`, or mappings of keyword arguments as Hugging Face's collators give them, with the
-    target under `labels`. It logs `train_loss`, `val_loss` and `test_loss`, the first two to the progress bar, and every
-    metric under `train_`, `val_` and `test_`. Override any step.
+    target under `labels`. It logs `train_loss`, `val_loss` and `test_loss`, the first two to the progress bar, and
+    every metric under `train_`, `val_` and `test_`. Override any step. As Lightning does with any module, it takes the
+    net in the mode in which it is: call `net.train()` first for dropout while training.
 
     Args:
         net: as for `pf.Adapted`.
@@ -93,14 +94,11 @@ class FunctionalModule(LightningModule):  # type: ignore[misc]
         """Return the loss of a batch, and log it and the metrics under the name of the stage."""
         args, kwargs, target = self.parts(batch)
         output = self(*args, **kwargs)
-        if self.loss is not None:
-            loss = self.loss(output, target)
-        else:
-            loss = getattr(output, "loss", None)
+        loss = getattr(output, "loss", None) if self.loss is None else self.loss(output, target)
         if not isinstance(loss, Tensor):
             raise OptionError(
-                f"the net gave a {type(output).__name__} without a loss: give FunctionalModule(..., loss=...), a function "
-                "of (output, target), or batches with what the net needs for its own loss, such as labels"
+                f"the net gave a {type(output).__name__} without a loss: give FunctionalModule(..., loss=...), a "
+                "function of (output, target), or batches with what the net needs for its own loss, such as labels"
             )
         # Means over the processes are exact for equal batches; a training loss is shown as each process has it.
         options: dict[str, Any] = {"batch_size": _size(args, kwargs), "sync_dist": stage != "train"}

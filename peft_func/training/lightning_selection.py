@@ -1,6 +1,5 @@
-"""What selectors see of the parameters of a whole module, adapters in it included, and which BatchNorms are frozen."""
+"""What selectors see of the parameters of a whole module, adapters in it included."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -40,21 +39,3 @@ def infos_of(module: nn.Module) -> dict[str, Info]:
                 if name in found:
                     found[name] = replace(found[name], modules=info.modules)
     return found
-
-
-def statistics(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that keep running statistics, such as BatchNorm."""
-    for part in module.modules():
-        if getattr(part, "running_mean", None) is not None:
-            yield part
-
-
-def frozen_statistics(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield those of them whose parameters do not train; one without any goes by the smallest part around it."""
-    parents = {child: parent for parent in module.modules() for child in parent.children()}
-    for part in statistics(module):
-        around: nn.Module | None = part
-        while around is not None and not any(True for _ in around.parameters()):
-            around = parents.get(around)
-        if around is None or not any(parameter.requires_grad for parameter in around.parameters()):
-            yield part

@@ -57,7 +57,8 @@ def hold(mask: Mapping[str, Any], new: T, old: T) -> T:
         New tensors. Of a state, what is shared by all leaves is the new one's.
 
     Raises:
-        TreeError: the two are of different structure, or not for the paths of the mask; or a leaf of the mask is no bool.
+        TreeError: the two are of different structure, or not for the paths of the mask, or the mask is none. A state to
+            which the first step adds (SGD's momentum with a dampening) can be held after that step only.
 
     Example:
         >>> import torch, peft_func as pf
@@ -67,23 +68,25 @@ def hold(mask: Mapping[str, Any], new: T, old: T) -> T:
         {'body': tensor([0., 0.]), 'head': tensor([1., 1.])}
     """
     trains = _checked(mask)
+    rest: list[Tensor] = []
 
-    def by_leaf(keys: Keys, new: Tensor, old: Tensor | None) -> Tensor:
-        if old is None or new.dtype != old.dtype:
-            raise TreeError(f"the leaf {join(keys)!r} is {new.dtype} after the step, {old and old.dtype} before it")
+    def by_leaf(keys: Keys, new: Tensor | None, old: Tensor | None) -> Tensor:
+        if new is None or old is None:
+            raise TreeError(f"the leaf {join(keys)!r} is there only {'before' if new is None else 'after'} the step")
+        if new.dtype != old.dtype:
+            raise TreeError(f"the leaf {join(keys)!r} is {old.dtype} before the step and {new.dtype} after it")
         return torch.where(trains[keys].to(new.device), new, old)
 
     def shared(new: Any, old: Any) -> Any:
-        nonlocal rest
-        rest = rest or isinstance(new, Tensor)
+        if isinstance(new, Tensor):
+            rest.append(new)
         return new
 
-    rest = False
     both = Zip(by_leaf, shared, trains, trains)
     result = both(new, old, "what is held")
     if rest and not both.found:
         raise TreeError(
-            f"nothing of what is held is a tree of the mask's paths ({', '.join(map(join, list(trains)[:3]))}, ...); make "
+            f"nothing of what is held has the paths of the mask ({', '.join(map(join, list(trains)[:3]))}, ...); make "
             "the mask of the tree that the optimizer steps"
         )
     return cast("T", result)
@@ -94,8 +97,8 @@ def mask_gradients(
 ) -> Tree:
     """Return gradients that are zero where the mask says that nothing trains.
 
-    That is enough for plain SGD only. Weight decay moves a weight whose gradient is zero, and so do momentum and moments
-    from before; `pf.hold` freezes under any optimizer.
+    That is enough for plain SGD only: weight decay moves a weight whose gradient is zero, and so do momentum and
+    moments from before. `pf.hold` freezes under any optimizer.
 
     Args:
         grads: a tree with the paths of the mask.
@@ -133,7 +136,7 @@ def _movers(optimizer: torch.optim.Optimizer) -> list[str]:
         raise OptionError(
             f"optimizer is one of torch.optim, not a {type(optimizer).__name__}; use pf.hold after its step"
         )
-    found = {}
+    found: dict[str, None] = {}
     for group in optimizer.param_groups:
         for name in ("weight_decay", "lambd", "momentum"):
             if group.get(name):

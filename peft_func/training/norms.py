@@ -18,7 +18,7 @@ _NAME = re.compile(r"\w*Norm(Act|Gated)?(\dd)?")
 
 @dataclass(frozen=True)
 class Norms(Selector):
-    """Parameters of normalisation layers, and such layers as modules; in trees, the paths that are known to be theirs."""
+    """Parameters of normalisation layers, and such layers as modules; in trees, the paths known to be theirs."""
 
     paths: frozenset[str] = frozenset()
 
@@ -32,14 +32,14 @@ class Norms(Selector):
 
 
 def norms(of: FunctionalModel | Adapter | None = None) -> Selector:
-    """Select normalisation layers: the parameters that they own, or, where modules are selected, the layers.
+    r"""Select normalisation layers: the parameters that they own, or, where modules are selected, the layers.
 
-    These are torch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm with their subclasses, and
-    classes that are named as norms: `LlamaRMSNorm`, `BatchNormAct2d`.
+    These are torch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm with their subclasses,
+    and classes that are named as norms: `LlamaRMSNorm`, `BatchNormAct2d`.
 
     Args:
-        of: None where modules are known, as in `pf.bind` and `pf.with_modes`. Trees know no modules: to select in a tree
-            of base weights give the model, in an adapter's tree the adapter.
+        of: None where modules are known, as in `pf.bind` and `pf.with_modes`. Trees know none: to select in a tree of
+            base weights give the model, in an adapter's tree the adapter.
 
     Raises:
         OptionError: it is neither.
@@ -50,7 +50,7 @@ def norms(of: FunctionalModel | Adapter | None = None) -> Selector:
         >>> model = pf.functionalize(net)
         >>> list(pf.partition(model.params, pf.norms(model))[0])
         ['1.weight', '1.bias']
-        >>> adapter = pf.bind(pf.train(r"[12]\\..*"), model)
+        >>> adapter = pf.bind(pf.train(r"[12]\..*"), model)
         >>> list(pf.partition(adapter.init(0)[1], ~pf.norms(adapter))[0]["train"])
         ['2.weight', '2.bias']
     """

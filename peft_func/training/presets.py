@@ -10,13 +10,21 @@ from typing import Any
 from torch import nn
 
 from peft_func.errors import OptionError, SelectorError, TreeError
+from peft_func.functional.model import FunctionalModel
 from peft_func.training.groups import Options, Preset, Rule
+from peft_func.training.norms import norms
+from peft_func.training.schedule import leaf_infos
+from peft_func.transforms.bind import Adapter
 from peft_func.trees.paths import join
 from peft_func.trees.select import Info, Where, resolve
 
 
 def lora_plus(
-    ratio: float = 16.0, adapter: Any = None, *, where: Where = ("B",), embedding_rate: float | None = 1e-6
+    ratio: float = 16.0,
+    adapter: Adapter | FunctionalModel | None = None,
+    *,
+    where: Where = ("B",),
+    embedding_rate: float | None = 1e-6,
 ) -> Preset:
     """LoRA+: the rate of B is `ratio` times that of A.
 
@@ -63,10 +71,10 @@ def lora_plus(
     return rules
 
 
-def no_decay(adapter: Any = None) -> Preset:
+def no_decay(adapter: Adapter | FunctionalModel | None = None) -> Preset:
     """No weight decay on biases and on the parameters of norms.
 
-    A norm is a module of a class whose name has `Norm` in it, a bias a parameter whose name has `bias` in it.
+    A norm is what `pf.norms` takes for one, a bias a parameter whose name has `bias` in it.
 
     Args:
         adapter: whose leaves they are, or the functional model; not needed where a module is grouped.
@@ -83,10 +91,11 @@ def no_decay(adapter: Any = None) -> Preset:
     """
 
     def rules(infos: Sequence[Info]) -> list[Rule]:
+        is_norm = norms()
         chosen = {
             info.path
             for info in _known(infos, adapter, "no_decay")
-            if "bias" in info.path.rpartition(".")[2] or any("norm" in kind.__name__.lower() for kind in info.modules)
+            if "bias" in info.path.rpartition(".")[2] or is_norm(info.path, info)
         }
         return [(_exactly(chosen), {"weight_decay": 0.0})] if chosen else []
 
@@ -138,7 +147,7 @@ def layer_decay(decay: float, *, depth: int | None = None, embeddings: Where | N
     return rules
 
 
-def _known(infos: Sequence[Info], adapter: Any, purpose: str) -> list[Info]:
+def _known(infos: Sequence[Info], adapter: Adapter | FunctionalModel | None, purpose: str) -> list[Info]:
     """Return the leaves with the classes of the modules that they are for, and their shapes in one member."""
     if adapter is None:
         if not all(info.modules for info in infos):
@@ -147,13 +156,16 @@ def _known(infos: Sequence[Info], adapter: Any, purpose: str) -> list[Info]:
                 f"pf.{purpose}(..., adapter=adapter), or group a module"
             )
         return list(infos)
-    model = getattr(adapter, "model", adapter)
-    spec = getattr(adapter, "spec", {})
-    own: dict[str, Info] = dict(model.infos)
-    for keys, shape in spec.items():
-        place = next((key for key in keys if key in model.infos), None)
-        modules = model.infos[place].modules if place is not None else ()
-        own[join(keys)] = Info(join(keys), shape, model.infos[place].dtype if place else infos[0].dtype, modules)
+    if not isinstance(adapter, Adapter | FunctionalModel):
+        raise OptionError(f"{purpose} takes the bound adapter or the functional model, not a {type(adapter).__name__}")
+    own = dict(adapter.infos) if isinstance(adapter, FunctionalModel) else {}
+    if isinstance(adapter, Adapter):
+        places = leaf_infos(adapter)
+        for keys, shape in adapter.spec.items():
+            place = places.get(join(keys))
+            # An add-in is beside a module, and its leaves are none of the module's own.
+            modules = place.modules if isinstance(place, Info) else ()
+            own[join(keys)] = Info(join(keys), shape, infos[0].dtype, modules)
     for info in infos:
         if info.path not in own:
             raise TreeError(f"{purpose}: the adapter has no leaf {info.path!r}; give the one whose tree this is")

@@ -1,8 +1,8 @@
 r"""Schedules of freezing: what trains is a function of the step.
 
-Selectors see whole paths. In a tree of base weights these are the parameters' names (`head.weight`); in an adapter's tree
-they begin with the part (`lora.encoder.0.q.weight.A`, `train.head.weight`). `r".*head\..*"` fits both; `pf.leaves_for`
-selects in an adapter's tree by what is known of the base weights: names, modules, types, layers.
+Selectors see whole paths. In a tree of base weights these are the parameters' names (`head.weight`); in an adapter's
+tree they begin with the part (`lora.encoder.0.q.weight.A`, `train.head.weight`). `r".*head\..*"` fits both;
+`pf.leaves_for` selects in an adapter's tree by what is known of the base weights: names, modules, types, layers.
 """
 
 import bisect
@@ -108,8 +108,8 @@ def leaves_for(adapter: Adapter, where: Where) -> Selector:
     r"""Select leaves of an adapter's tree by the base weights that they are for.
 
     A leaf is for the parameter, or an add-in for the module, under whose path it lies: `lora.0.weight.A` and
-    `train.0.weight` are for `0.weight`. What several weights share (a group of GIFT) is for none of them; select it by its
-    own path.
+    `train.0.weight` are for `0.weight`. What several weights share (a group of GIFT) is for none of them; select it by
+    its own path.
 
     Args:
         adapter: the bound adapter.
@@ -156,10 +156,15 @@ def _text(selector: Selector) -> str:
         case Path(pattern=re.Pattern(pattern=str(word))):
             return repr(word)
         case AllOf(parts=parts):
-            return " & ".join(map(_text, parts))
+            return " & ".join(map(_bracketed, parts))
         case AnyOf(parts=parts):
             return " | ".join(map(_text, parts))
         case Not(part=part):
-            return f"~({_text(part)})"
+            return f"~{_bracketed(part)}"
         case _:
             return repr(selector)
+
+
+def _bracketed(selector: Selector) -> str:
+    text = _text(selector)
+    return f"({text})" if isinstance(selector, AllOf | AnyOf) else text

@@ -86,18 +86,17 @@ class Zip:
 
     def _leafwise(self, one: Mapping[Keys, Any], other: Mapping[Keys, Any]) -> dict[Keys, Tensor]:
         self.found += bool(one or other)
-        made = {}
-        for keys in self._first:
+        made, known = {}, {*self._first}
+        for keys in dict.fromkeys((*one, *other)):
             mine, theirs = one.get(keys), other.get(keys)
-            if mine is None and theirs is None:
+            if keys not in known:
                 continue
             for value in (mine, theirs):
                 if value is not None and not isinstance(value, Tensor):
                     raise TreeError(f"the leaf {join(keys)!r} is a {type(value).__name__}, not a tensor")
             if mine is not None and theirs is not None and theirs.shape != mine.shape:
-                raise TreeError(
-                    f"the leaf {join(keys)!r} is {tuple(mine.shape)} in one place and {tuple(theirs.shape)} in the other"
-                )
+                shapes = f"{tuple(mine.shape)} in one place and {tuple(theirs.shape)} in the other"
+                raise TreeError(f"the leaf {join(keys)!r} is {shapes}")
             made[keys] = self._by_leaf(keys, mine, theirs)
         return made
 

@@ -1,6 +1,6 @@
 """One step of training as one pure function: loss, gradient, clipping and update."""
 
-import functools
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_func.ensemble.training import clip_members
 from peft_func.errors import OptionError, TreeError
-from peft_func.training.gradient import ValueAndGrad, count_stacked, value_and_grad
+from peft_func.training.gradient import ValueAndGrad, count_stacked, in_transform, value_and_grad
 from peft_func.training.optimizer import Optimizer
 from peft_func.trees.paths import Tree, leaves, map_leaves
 
@@ -108,6 +108,7 @@ def step(
     _check_norm(clip_norm, members=members)
     grads_of = grads if loss is None else value_and_grad(loss, has_aux=has_aux, members=members)
     assert grads_of is not None
+    update = _updating(optimizer)
     if accumulate > 1:
         grads_of = _accumulated(grads_of, accumulate, has_aux=has_aux)
 
@@ -117,8 +118,8 @@ def step(
         found, value = grads_of(tree, *args)
         if clip_norm is not None:
             found = clip_members(found, clip_norm)[0] if members else clipped(found, clip_norm)
-        new, state = _updated(optimizer, found, state, tree)
-        return Stepped(new, state, value)
+        new, new_state = update(found, state, tree)
+        return Stepped(new, new_state, value)
 
     return run
 
@@ -131,22 +132,23 @@ def clipped(grads: Mapping[str, Any], max_norm: float | Tensor) -> Tree:
     return map_leaves(lambda leaf: leaf * factor.to(leaf.device, leaf.dtype), grads)
 
 
-def _updated(
-    optimizer: Optimizer | FunctionalOptimizer, grads: Tree, state: Any, tree: Mapping[str, Any]
-) -> tuple[Tree, Any]:
+def _updating(optimizer: Optimizer | FunctionalOptimizer) -> Callable[..., tuple[Tree, Any]]:
+    """Return `(grads, state, tree) -> (new tree, new state)` of either."""
     if isinstance(optimizer, Optimizer):
-        new, new_state = optimizer.step(grads, state, tree)
-        return new, new_state
+        exact: Callable[..., tuple[Tree, Any]] = optimizer.step
+        return exact
     # torchopt's default is inplace=True, which writes into the state that the caller still holds.
-    extra = {"inplace": False} if _takes_inplace(optimizer.update) else {}
-    updates, new = optimizer.update(grads, state, params=tree, **extra)
-    return map_leaves(torch.add, tree, updates), new
+    known = inspect.signature(optimizer.update).parameters.values()
+    takes = any(parameter.name == "inplace" or parameter.kind is parameter.VAR_KEYWORD for parameter in known)
+    extra = {"inplace": False} if takes else {}
 
+    def run(grads: Tree, state: Any, tree: Mapping[str, Any]) -> tuple[Tree, Any]:
+        # A graph from step to step would grow for ever; inside a transform the gradient through the step is wanted.
+        with contextlib.nullcontext() if in_transform() else torch.no_grad():
+            updates, new = optimizer.update(grads, state, params=tree, **extra)
+            return map_leaves(torch.add, tree, updates), new
 
-@functools.cache
-def _takes_inplace(update: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(update).parameters.values()
-    return any(parameter.name == "inplace" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return run
 
 
 def _accumulated(grads_of: ValueAndGrad, count: int, *, has_aux: bool) -> ValueAndGrad:

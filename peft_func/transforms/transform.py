@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_func.errors import OptionError, SelectorError
 from peft_func.functional.model import FunctionalModel
-from peft_func.functional.walk import resolve_modules
+from peft_func.functional.walk import resolve_modules, settled
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Info, Where, as_selector, resolve
 from peft_func.weights.around import Around
@@ -80,13 +80,14 @@ class Part:
         if self.modules:
             return resolve_modules(self.where, model, self.name)
         infos = [info for info in model.infos.values() if info.dtype.is_floating_point]  # others cannot train
+        where = settled(self.where, model)
         if not self.matrices:
-            return resolve(self.where, infos, self.name)
-        selector = as_selector(self.where)
+            return resolve(where, infos, self.name)
+        selector = as_selector(where)
         chosen = tuple(info.path for info in infos if _is_matrix(info) and selector(info.path, info))
         if chosen:
             return chosen
-        vectors = resolve(self.where, infos, self.name)  # raises, unless it selects biases and norms
+        vectors = resolve(where, infos, self.name)  # raises, unless it selects biases and norms
         raise SelectorError(
             f"{self.name}: the selector matches only parameters of fewer than two dimensions "
             f"({', '.join(vectors[:4])}), and {self.name} adapts matrices; to train these themselves, use pf.train"

@@ -57,10 +57,12 @@ def test_what_needs_no_gradient_is_not_there_and_ties_are_once():
 
 @given(st.lists(st.sampled_from([r"lora.*", r".*\.A", r".*\.B", r".*1.*", "train.*"]), max_size=5, unique=True))
 def test_every_leaf_is_in_exactly_one_group(wheres):
-    tree = {"lora": {f"{i}.w": {"A": torch.ones(i + 1), "B": torch.ones(1)} for i in range(3)}, "train": {"1": randn(2)}}
+    tree = {
+        "lora": {f"{i}.w": {"A": torch.ones(i + 1), "B": torch.ones(1)} for i in range(3)},
+        "train": {"1": randn(2)},
+    }
     rules = [(where, {"mark": where}) for where in wheres]
-    paths = [path for path in ("lora.0.w.A", "lora.0.w.B", "lora.1.w.A", "lora.1.w.B", "lora.2.w.A", "lora.2.w.B")]
-    paths.append("train.1")
+    paths = [*(f"lora.{i}.w.{leaf}" for i in range(3) for leaf in "AB"), "train.1"]
     first = {path: next((w for w in wheres if pf.path(w)(path, _info(path))), None) for path in paths}
     reached = set(first.values())
     if not {*wheres} <= reached:
@@ -123,7 +125,11 @@ def test_training_with_groups_is_training_with_hand_written_ones():
     [
         (lambda: pf.groups(net(), [("3", {})]), pf.SelectorError, "matches none of 6 leaves. The nearest names"),
         (lambda: pf.groups(net(), [("2.wieght", {})]), pf.SelectorError, r"2\.weight"),
-        (lambda: pf.groups(net(), [(".*", {}), ("2", {})]), pf.SelectorError, "'2' matches, such as '2.weight', is tak"),
+        (
+            lambda: pf.groups(net(), [(".*", {}), ("2", {})]),
+            pf.SelectorError,
+            "'2' matches, such as '2.weight', is tak",
+        ),
         (lambda: pf.groups(net(), ["2"]), pf.OptionError, "neither a pair"),
         (lambda: pf.groups(net(), "2"), pf.OptionError, "neither a pair"),
         (lambda: pf.groups(net(), [("2", 0.1)]), pf.OptionError, "neither a pair"),

@@ -55,7 +55,8 @@ def test_an_import_of_the_library_does_not_import_lightning():
 def test_without_lightning_the_error_says_what_to_install():
     code = ALONE + (
         "try:\n    pf.lightning.FunctionalModule\n"
-        "except pf.MissingExtraError as error:\n    assert \"pip install 'peft_func[lightning]'\" in str(error), error\n"
+        "except pf.MissingExtraError as error:\n"
+        "    assert \"pip install 'peft_func[lightning]'\" in str(error), error\n"
         "else:\n    raise AssertionError\n"
     )
     done = python(code)

@@ -67,14 +67,18 @@ def test_lora_plus_trains_as_pefts_optimizer_does(decay):
             parameter.requires_grad_()
     # With a rate that moves them, so that nothing hides behind 1e-6.
     theirs = create_loraplus_optimizer(
-        peer, torch.optim.AdamW, loraplus_lr_ratio=16, loraplus_weight_decay=decay, loraplus_lr_embedding=3e-3, **OPTIONS
+        peer,
+        torch.optim.AdamW,
+        loraplus_lr_ratio=16,
+        loraplus_weight_decay=decay,
+        loraplus_lr_embedding=3e-3,
+        **OPTIONS,
     )
     model = pf.functionalize(net)
     adapter = pf.bind(METHOD, model)
     frozen, tree = adapter.init(0)
     start = {path: oriented(p, turned).double() for path, (p, turned) in peft_parameters(peer).items()}
     assert start.keys() == {join(keys) for keys, _ in leaves(tree)}
-    tree = pf.Adapted.of(adapter, tree).trainable
     tree = {part: _filled(sub, start, part) for part, sub in tree.items()}
     groups = [pf.lora_plus(16, adapter, embedding_rate=3e-3), pf.no_decay(adapter)]
     adamw = pf.optimizer(torch.optim.AdamW, groups=groups, weight_decay=decay, **OPTIONS)
@@ -94,7 +98,9 @@ def test_lora_plus_trains_as_pefts_optimizer_does(decay):
 
 
 def _filled(sub, start, prefix):
-    return {k: _filled(v, start, f"{prefix}.{k}") if isinstance(v, dict) else start[f"{prefix}.{k}"] for k, v in sub.items()}
+    return {
+        k: _filled(v, start, f"{prefix}.{k}") if isinstance(v, dict) else start[f"{prefix}.{k}"] for k, v in sub.items()
+    }
 
 
 def test_lora_plus_by_name():
@@ -141,7 +147,9 @@ def test_no_decay_is_transformers_rule():
 
 
 def test_gift_and_shared_leaves_are_leaves_of_no_module():
-    adapter = pf.bind(pf.gift("0|1", rank=1, share="all"), pf.functionalize(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))))
+    adapter = pf.bind(
+        pf.gift("0|1", rank=1, share="all"), pf.functionalize(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    )
     tree = adapter.init(0)[1]
     assert len(pf.groups(tree, pf.no_decay(adapter), weight_decay=0.1)) == 1
     ratio = pf.lora_plus(4, adapter, where=["psi"])
@@ -161,7 +169,10 @@ def test_layer_decay_is_beits_formula():
             layer = int(name.split(".layer.")[1].split(".")[0]) + 1
         assert value == pytest.approx(rate * decay ** (depth + 1 - layer)), name
     tree = {"lora": {"layers.3.q.weight": {"A": torch.ones(1)}}, "head": torch.ones(1)}
-    assert rates(pf.groups(tree, pf.layer_decay(0.5, depth=6), lr=1.0)) == {"lora.layers.3.q.weight.A": 0.125, "head": 1.0}
+    assert rates(pf.groups(tree, pf.layer_decay(0.5, depth=6), lr=1.0)) == {
+        "lora.layers.3.q.weight.A": 0.125,
+        "head": 1.0,
+    }
     full = rates(pf.groups(tree, pf.layer_decay(1), lr=1.0))
     assert set(full.values()) == {1.0}
 
@@ -197,7 +208,7 @@ def test_groups_of_a_functional_optimizer_are_those_of_torch():
         (lambda: pf.layer_decay(0.5), pf.SelectorError, "no path has a number: q.A, q.B"),
         (lambda: pf.layer_decay(0.5, embeddings="wte"), pf.SelectorError, "layer_decay: 'wte' matches none"),
         (lambda: pf.no_decay(pf.functionalize(nn.Linear(2, 2))), pf.TreeError, "the adapter has no leaf 'q.A'"),
-        (lambda: pf.no_decay(3), pf.OptionError, "adapter"),
+        (lambda: pf.no_decay(3), pf.OptionError, "takes the bound adapter or the functional model, not a int"),
     ],
 )
 def test_bad_input(make, error, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from pathlib import Path
 
 import torch
 import transformers
@@ -50,7 +51,7 @@ def seeded(build):
 
 
 def arguments(kind=TrainingArguments, folder=None, **options):
-    folder = folder or tempfile.mkdtemp(prefix="peft_func-")  # nothing is written but where saving is asked for
+    folder = folder or Path(tempfile.gettempdir(), "peft_func-trainer")  # nothing is written to it
     base = {"max_steps": 6, "per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 1e-2}
     return kind(output_dir=str(folder), **{**QUIET, **base, **options})
 

@@ -1,0 +1,194 @@
+"""Bottleneck adapters: d(h) = s * Up(act(Down(h))), added to what a module gives, or to what it makes of its input.
+
+    sequential:  y = M(x) + d(M(x))     Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019,
+                                        arXiv 1902.00751
+    parallel:    y = M(x) + d(x)        He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning",
+                                        2022, arXiv 2110.04366
+    norm:        y = M(x + d(M(x)))     Pfeiffer et al., "AdapterFusion", 2021, arXiv 2005.00247: M is the layer norm
+                                        behind a feed-forward, x the sum that it gets
+
+Down maps to few features and Up back. Up is zero at the start, so nothing changes at first; Houlsby et al. draw both
+from N(0, 0.01^2), which is near to that.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from math import sqrt
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_func.addins.added import FORMS, adding, check_features
+from peft_func.addins.place import Place
+from peft_func.addins.width import widths
+from peft_func.errors import OptionError
+from peft_func.functional.surround import Inner
+from peft_func.transforms.options import check_choice, check_number
+from peft_func.transforms.transform import Part
+from peft_func.trees.keys import split, uniform
+from peft_func.trees.paths import Tree
+from peft_func.trees.select import Where
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "identity": lambda h: h,
+    "leaky_relu": F.leaky_relu,
+    "mish": F.mish,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+LAYER_NORMS = ("in", "out")
+
+Linear: TypeAlias = Callable[[Mapping[str, Any], str, Tensor, Inner], Tensor]
+"""How `"down"` and `"up"` act on the last axis: `(tree, which, h, inner) -> h`."""
+
+
+def bottleneck(
+    where: Where,
+    *,
+    form: str = "sequential",
+    reduction: float = 16,
+    rank: int | None = None,
+    activation: str = "relu",
+    scale: float | str = 1.0,
+    layer_norm: str | None = None,
+    dropout: float = 0.0,
+    width: int | None = None,
+    name: str = "bottleneck",
+) -> Part:
+    """Add a small two-layer network to modules; with `form="sequential"` it stands behind them, with a skip of its own.
+
+    Leaves of `trainable[name][path]`: `down` [rank, in], `down_bias` [rank], `up` [out, rank], `up_bias` [out]; `scale`
+    [] if it is learned; `norm` and `norm_bias` [in], or [out], with a layer norm. They have the dtype and device of the
+    module, float32 for a half-precision one, and act in the dtype of the activation. Where a module gives a tuple, its
+    first tensor is changed.
+
+    Args:
+        where: a selector over modules. `pf.houlsby` and `pf.pfeiffer` know the places of the papers.
+        form: `"sequential"`, `"parallel"` or `"norm"`: the equations of this file.
+        reduction: the rank is `width / reduction`, rounded down, but at least 1.
+        rank: the width of the bottleneck itself; `reduction` does not count then.
+        activation: `"relu"`, `"gelu"` (exact), `"silu"`, `"tanh"`, `"sigmoid"`, `"leaky_relu"`, `"elu"`, `"mish"` or
+            `"identity"`.
+        scale: s, or `"learned"`: it starts at 1.
+        layer_norm: `"in"` for one on what Down gets, `"out"` for one on what Up gives (before s).
+        dropout: the probability of dropping a feature of the bottleneck, behind the activation, in train mode.
+        width: the number of features, where the module's weights cannot tell it.
+        name: the sub-tree.
+
+    Raises:
+        OptionError: an option is out of range; at `bind`, if the number of features is unknown.
+        AddinError: in a call, if an activation has another number of features.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        >>> model = pf.functionalize(layer)
+        >>> adapter = pf.bind(pf.bottleneck(["linear2"], reduction=4, activation="gelu"), model)
+        >>> frozen, trainable = adapter.init(0)
+        >>> {leaf: list(tensor.shape) for leaf, tensor in trainable["bottleneck"]["linear2"].items()}
+        {'down': [4, 16], 'down_bias': [4], 'up': [16, 4], 'up_bias': [16]}
+        >>> x = torch.randn(2, 3, 16)
+        >>> torch.allclose(model(adapter.apply(frozen, trainable), x), layer(x), atol=1e-6)
+        True
+    """
+    options: dict[str, Any] = {
+        "form": form,
+        "reduction": reduction,
+        "rank": rank,
+        "activation": activation,
+        "scale": scale,
+        "layer_norm": layer_norm,
+        "dropout": dropout,
+        "width": width,
+    }
+    acting = checked(name, options)
+    check_size(name, "rank", rank)
+
+    def init(place: Place, key: int) -> Tree:
+        inputs, outputs = ends(place, name, form, width)
+        r = rank or max(1, int(inputs / reduction))
+        down = uniform((r, inputs), 1 / sqrt(inputs), split(key, "down"), place.like)
+        zeros = functools.partial(torch.zeros, dtype=down.dtype, device=down.device)
+        matrices = {"down": down, "down_bias": zeros(r), "up": zeros(outputs, r), "up_bias": zeros(outputs)}
+        return matrices | extras(options, inputs, outputs, down)
+
+    change = functools.partial(bottleneck_change, dense, acting)
+    return adding(where, change, init, form, name=name, kind="bottleneck", options=options)
+
+
+def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, among options, those that say how a bottleneck acts, checked.
+
+    Raises:
+        OptionError: one is out of range.
+    """
+    check_choice(name, "form", options["form"], FORMS)
+    check_choice(name, "activation", options["activation"], tuple(ACTIVATIONS))
+    if options["layer_norm"] is not None:
+        check_choice(name, "layer_norm", options["layer_norm"], LAYER_NORMS)
+    if isinstance(options["scale"], str):
+        check_choice(name, "scale", options["scale"], ("learned",))
+    else:
+        check_number(name, "scale", options["scale"])
+    if not 0.0 <= check_number(name, "dropout", options["dropout"]) < 1.0:
+        raise OptionError(f"{name}: dropout={options['dropout']!r} is a probability, from 0 up to but not 1")
+    if check_number(name, "reduction", options["reduction"]) <= 0:
+        raise OptionError(f"{name}: reduction={options['reduction']!r} is not above 0: the rank is width / reduction")
+    check_size(name, "width", options["width"])
+    return {key: options[key] for key in ("activation", "scale", "layer_norm", "dropout")}
+
+
+def check_size(name: str, option: str, value: object, *, optional: bool = True) -> None:
+    """Refuse a size that is no whole number above 0 (nor None, where it is optional).
+
+    Raises:
+        OptionError: names the option.
+    """
+    if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise OptionError(f"{name}: {option}={value!r} is no whole number above 0")
+
+
+def ends(place: Place, name: str, form: str, width: int | None) -> tuple[int, int]:
+    """Return the number of features that a change gets and gives at a place."""
+    inputs, outputs = widths(place, name, width)
+    return (inputs if form == "parallel" else outputs), (inputs if form == "norm" else outputs)
+
+
+def extras(options: Mapping[str, Any], inputs: int, outputs: int, like: Tensor) -> Tree:
+    """Return the first values of the leaves that some options add to the matrices."""
+    tree = {}
+    if options["scale"] == "learned":
+        tree["scale"] = torch.ones((), dtype=like.dtype, device=like.device)
+    if options["layer_norm"] is not None:
+        width = inputs if options["layer_norm"] == "in" else outputs
+        tree["norm"] = torch.ones(width, dtype=like.dtype, device=like.device)
+        tree["norm_bias"] = torch.zeros(width, dtype=like.dtype, device=like.device)
+    return tree
+
+
+def bottleneck_change(linear: Linear, options: Mapping[str, Any], tree: Tree, h: Tensor, inner: Inner) -> Tensor:
+    """Return s * Up(act(Down(h))), for linear maps of any kind."""
+    own = {key: leaf.to(h.dtype) for key, leaf in tree.items()}
+    normed = options["layer_norm"]
+    if normed == "in":
+        h = F.layer_norm(h, h.shape[-1:], own["norm"], own["norm_bias"])
+    h = ACTIVATIONS[options["activation"]](linear(own, "down", h, inner))
+    if options["dropout"]:
+        h = F.dropout(h, options["dropout"], inner.training)
+    h = linear(own, "up", h, inner)
+    if normed == "out":
+        h = F.layer_norm(h, h.shape[-1:], own["norm"], own["norm_bias"])
+    return h * (own["scale"] if options["scale"] == "learned" else options["scale"])
+
+
+def dense(tree: Mapping[str, Any], which: str, h: Tensor, inner: Inner) -> Tensor:
+    """Apply an affine map whose matrix is a leaf."""
+    check_features(h, tree[which].shape[-1], inner)
+    return F.linear(h, tree[which], tree[f"{which}_bias"])
