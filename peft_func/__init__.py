@@ -1,10 +1,20 @@
 """Parameter-efficient fine-tuning as pure functions over trees of weights."""
 
 from peft_func.addins.across import across as across
+from peft_func.addins.adaptformer import adaptformer as adaptformer
 from peft_func.addins.around import after as after
 from peft_func.addins.around import around as around
 from peft_func.addins.around import before as before
+from peft_func.addins.bottleneck import bottleneck as bottleneck
+from peft_func.addins.compacter import compacter as compacter
+from peft_func.addins.compose import average as average
+from peft_func.addins.compose import fusion as fusion
+from peft_func.addins.compose import gated as gated
+from peft_func.addins.convpass import convpass as convpass
 from peft_func.addins.export import export_module as export_module
+from peft_func.addins.houlsby import houlsby as houlsby
+from peft_func.addins.houlsby import pfeiffer as pfeiffer
+from peft_func.addins.houlsby import projections as projections
 from peft_func.addins.modules import Built as Built
 from peft_func.addins.modules import built as built
 from peft_func.addins.parts import attentions as attentions
@@ -14,6 +24,7 @@ from peft_func.addins.parts import mlps as mlps
 from peft_func.addins.place import Place as Place
 from peft_func.addins.structure import Block as Block
 from peft_func.addins.structure import blocks_of as blocks_of
+from peft_func.addins.vpt import vpt as vpt
 from peft_func.addins.wire import Wiring as Wiring
 from peft_func.addins.wire import wire as wire
 from peft_func.addins.wire_class import AddinBase as AddinBase

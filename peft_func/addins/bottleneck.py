@@ -185,7 +185,8 @@ def bottleneck_change(linear: Linear, options: Mapping[str, Any], tree: Tree, h:
     h = linear(own, "up", h, inner)
     if normed == "out":
         h = F.layer_norm(h, h.shape[-1:], own["norm"], own["norm_bias"])
-    return h * (own["scale"] if options["scale"] == "learned" else options["scale"])
+    scaled: Tensor = h * (own["scale"] if options["scale"] == "learned" else options["scale"])
+    return scaled
 
 
 def dense(tree: Mapping[str, Any], which: str, h: Tensor, inner: Inner) -> Tensor:

@@ -104,7 +104,9 @@ def compacter(
         r = rank or max(n, int(inputs / reduction) // n * n)
         for what, size in (("features in", inputs), ("features out", outputs), ("features of the bottleneck", r)):
             if size % n:
-                raise OptionError(f"{name}: n={n} does not divide the {size} {what} at {place.path!r}; choose another n")
+                raise OptionError(
+                    f"{name}: n={n} does not divide the {size} {what} at {place.path!r}; choose another n"
+                )
         rules = {} if share_rule else {f"{end}_rule": _rule(n, split(key, f"{end}_rule"), place.like) for end in ENDS}
         tree = rules | _blocks("down", n, low_rank, inputs, r, key, place.like)
         tree |= _blocks("up", n, low_rank, r, outputs, key, place.like)
@@ -148,7 +150,8 @@ def hypercomplex(tree: Mapping[str, Any], end: str, h: Tensor, inner: Inner) -> 
     right = tree[f"{end}_t" if factored else end]
     n = len(rule)
     check_features(h, n * right.shape[-1], inner)
-    h = torch.einsum("...jc,ikc->...ijk", h.unflatten(-1, (n, -1)), right)
+    h = torch.einsum("...jc,ikc->...ijk", h.reshape(*h.shape[:-1], n, -1), right)
     h = torch.einsum("iaj,...ijk->...iak", rule, h)
     out = torch.einsum("...iak,iok->...ao", h, tree[f"{end}_s"]) if factored else h.sum(-3)
-    return out.flatten(-2) + tree[f"{end}_bias"]
+    bias: Tensor = tree[f"{end}_bias"]
+    return out.flatten(-2) + bias

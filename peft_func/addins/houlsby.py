@@ -27,6 +27,7 @@ from peft_func.addins.structure import Block, blocks_of, linear_widths, projecti
 from peft_func.errors import OptionError, SelectorError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.walk import Structural, resolve_modules
+from peft_func.transforms.options import check_flag
 from peft_func.transforms.transform import Chain, Deferred, Part, chain, check_name
 from peft_func.trees.select import Selector, Where, as_selector, exact
 
@@ -145,8 +146,8 @@ def pfeiffer(
         ['layers.0.norm2', 'layers.1.norm2']
     """
     _refuse_form(name, options)
-    if post_norm not in (None, True, False):
-        raise OptionError(f"{name}: post_norm={post_norm!r} is none of None, True and False")
+    if post_norm is not None:
+        check_flag(name, "post_norm", post_norm)
     bottleneck("", name=name, **options)  # options are checked here and not only at bind
     return Pfeiffer((), None, where, post_norm, check_name(name), options)
 

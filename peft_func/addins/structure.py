@@ -7,7 +7,7 @@ names of projections help only where shapes leave it open.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -280,3 +280,12 @@ def _prefix(root: nn.Module, blocks: tuple[Block, ...]) -> int:
             if _TOKEN.fullmatch(name) and tensor.shape[-1] == width:
                 count += tensor.numel() // width
     return count
+
+
+def blocks_at(model: FunctionalModel, paths: Iterable[str]) -> dict[str, Block]:
+    """Return, of these paths, those of blocks, with the blocks; a model without any is no error."""
+    try:
+        known = {block.path: block for block in blocks_of(model)}
+    except SelectorError:
+        return {}
+    return {path: known[path] for path in paths if path in known}

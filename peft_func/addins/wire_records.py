@@ -14,7 +14,7 @@ FIELDS = ("name", "location", "hook", "kwargs")
 def from_records(records: Any) -> tuple[Wire, ...]:
     """Return the wires that records say; each record is one add-in, however many locations it has.
 
-    `get_pre` and `get_post` note what is at their location for the hooks behind them in the record, up to the next such.
+    `get_pre` and `get_post` note what is at their location for the hooks behind them, up to the next such.
 
     Raises:
         OptionError: names the record, and what in it is wrong.

@@ -16,6 +16,16 @@ class Container(nn.Module):
     """A module that only holds; what is in it is used by the module at the top."""
 
 
+class NormContainer(Container, nn.LayerNorm):
+    """What it holds are a LayerNorm's weights: Trainer lets them decay unless the class says so."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def extra_repr(self) -> str:
+        return ""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor is held, which may be put another there: by `to`, by `functional_call`."""
@@ -29,17 +39,17 @@ class Place:
         return tensor
 
 
-def hold_parameter(root: nn.Module, path: str, tensor: Tensor) -> Place:
-    """Register a parameter under its path.
+def hold_parameter(root: nn.Module, path: str, tensor: Tensor, kind: type[Container] = Container) -> Place:
+    """Register a parameter under its path, in a container of this kind.
 
     Raises:
         OptionError: it would hide a method or an attribute of the module.
     """
     first = path.partition(".")[0]
     if first != "train" and (hasattr(type(root), first) or first in vars(root)):
-        kind = type(root).__name__
-        raise OptionError(f"the part {first!r} would hide {kind}.{first}; give it another name: name='my_{first}'")
-    holder, name = _holder(root, path)
+        hidden = f"{type(root).__name__}.{first}"
+        raise OptionError(f"the part {first!r} would hide {hidden}; give it another name: name='my_{first}'")
+    holder, name = _holder(root, path, kind)
     holder._parameters[name] = nn.Parameter(tensor)
     return Place(holder._parameters, name)
 
@@ -53,11 +63,11 @@ def hold_buffer(root: nn.Module, path: str, tensor: Tensor, *, persistent: bool)
     return Place(holder._buffers, name)
 
 
-def _holder(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+def _holder(root: nn.Module, path: str, kind: type[Container] = Container) -> tuple[nn.Module, str]:
     *inner, name = path.split(".")
-    for key in inner:
+    for depth, key in enumerate(inner, 1):
         child = root._modules.get(key)
         if child is None:
-            child = root._modules[key] = Container()
+            child = root._modules[key] = kind() if depth == len(inner) else Container()
         root = child
     return root, name

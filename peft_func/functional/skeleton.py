@@ -7,7 +7,9 @@ because the weights stay bound, activation checkpointing recomputes with them wh
 
 import copy
 import functools
+import re
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name in vars(nn.Module()) if re.fullmatch("_(forward|backward)(_pre)?_hooks(_.*)?", name))
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
@@ -47,6 +50,7 @@ class Skeleton:
                 slots(module._buffers),
                 [(key, None if child is None else number[child]) for key, child in module._modules.items()],
                 [key for key, value in vars(module).items() if key not in _OWN_ATTRIBUTES and _is_mutable(value)],
+                [(key, vars(module)[key].copy()) for key in _HOOKS],
             )
             for module in self._modules
         ]
@@ -57,7 +61,7 @@ class Skeleton:
         # and accepts only nn.Parameter where a parameter was.
         made = [cls.__new__(cls) for cls, *_ in self._plans]
         memo: dict[int, Any] | None = None
-        for module, (_, attributes, param_slots, buffer_slots, child_slots, mutable) in zip(
+        for module, (_, attributes, param_slots, buffer_slots, child_slots, mutable, hooks) in zip(
             made, self._plans, strict=True
         ):
             contents = vars(module)
@@ -65,6 +69,8 @@ class Skeleton:
             contents["_parameters"] = {key: None if name is None else params[name] for key, name in param_slots}
             contents["_buffers"] = {key: None if name is None else buffers[name] for key, name in buffer_slots}
             contents["_modules"] = {key: None if i is None else made[i] for key, i in child_slots}
+            for key, table in hooks:  # some modules register hooks on themselves when they are first called
+                contents[key] = table.copy() if table else OrderedDict()
             for key in mutable:
                 # Lists of blocks, bound methods and the like must speak of the clone, and what is appended to a list
                 # must not reach the next call.

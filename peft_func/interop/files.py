@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_func.addins.compose import MIXABLE
 from peft_func.errors import FileFormatError, OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.interop.atomic import renamed_into
@@ -36,6 +37,7 @@ _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", t
 
 # Only these can be built from a file; nothing in a file is imported or executed.
 KINDS: dict[str, Callable[..., Part]] = {
+    **MIXABLE,  # bottleneck, compacter, and what mixes them
     "dora": dora,
     "gift": gift,
     "ia3": ia3,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_func.errors import AttributeRefusedError, ModuleRefusedError
+from peft_func.functional.containers import Container, NormContainer, Place, hold_buffer, hold_parameter
 from peft_func.functional.model import FunctionalModel, functionalize
 from peft_func.functional.skeleton import Skeleton
 from peft_func.functional.walk import resolve_modules
 from peft_func.training.attributes import attribute_of
-from peft_func.functional.containers import Container, Place, hold_buffer, hold_parameter
 from peft_func.training.pickling import packed, unpacked
 from peft_func.transforms.bind import Adapter, bind, check_tree
 from peft_func.transforms.transform import Method
@@ -110,7 +110,8 @@ class Adapted(nn.Module):
         self._mixed = {self.training} if any(part.training != root.training for part in root.modules()) else set()
         self._models: dict[bool, FunctionalModel] = {}
         self._leaves: dict[Keys, Place] = {
-            keys: hold_parameter(self, join(keys), tensor.detach().clone()) for keys, tensor in leaves(trainable)
+            keys: hold_parameter(self, join(keys), tensor.detach().clone(), _kind(adapter.model, keys[-1]))
+            for keys, tensor in leaves(trainable)
         }
         saved = root.state_dict().keys()
         self._state: dict[str, Place] = {
@@ -276,6 +277,12 @@ class _TrainPart(Container):
 
     def __call__(self, mode: bool = True) -> Adapted:
         return cast("Adapted", vars(self)["_owner"]._set_mode(mode))
+
+
+def _kind(model: FunctionalModel, name: str) -> type[Container]:
+    """Return the container for a leaf: a weight of the net that trains itself, or anything else."""
+    owners = model.infos[name].modules if name in model.infos else ()
+    return NormContainer if any(issubclass(owner, nn.LayerNorm) for owner in owners) else Container
 
 
 def _general(cls: Any) -> Any:

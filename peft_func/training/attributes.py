@@ -23,6 +23,8 @@ _WRITES = re.compile(
     r"remove|replace|reset|resize|save|set|tie|unfreeze|unload|update|upgrade)(_.*)?"
 )
 
+_NOTHING = object()
+
 
 def attribute_of(module: "Adapted", root: nn.Module, name: str) -> Any:
     """Return an attribute of the net, for a module over it that has no attribute of that name itself.
@@ -41,8 +43,8 @@ def attribute_of(module: "Adapted", root: nn.Module, name: str) -> Any:
     if name in vars(root):
         value = vars(root)[name]
         return _call_of(module, name) if inspect.ismethod(value) else value
-    value = inspect.getattr_static(type(root), name, None)
-    if value is None:
+    value = inspect.getattr_static(type(root), name, _NOTHING)  # None is a value
+    if value is _NOTHING:
         raise AttributeRefusedError(f"neither Adapted nor {kind} has an attribute {name!r}")
     if isinstance(value, property):
         return getattr(module.bound_net(), name)  # it may look at tensors
@@ -60,7 +62,13 @@ def attribute_of(module: "Adapted", root: nn.Module, name: str) -> Any:
 
 def _call_of(module: "Adapted", name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return module.model.method(name).with_state(module.weights(), module.state(), *args, **kwargs)[0]
+        output = module.model.method(name).with_state(module.weights(), module.state(), *args, **kwargs)[0]
+        if isinstance(output, nn.Module):
+            raise AttributeRefusedError(
+                f"{name}() gives a module of the net ({type(output).__name__}), which lives for one call: what is "
+                "changed or hooked there would be lost. Do it on the net before pf.Adapted(net, ...)"
+            )
+        return output
 
     call.__name__ = name
     return call

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from peft_func.errors import OptionError, TreeError
 from peft_func.training.groups import Groups, assign, described
@@ -95,7 +96,7 @@ class Optimizer:
         new, new_state = self.step(updates, state, params)
         return map_leaves(lambda after, before: after - before.detach(), new, params), new_state
 
-    @torch.compiler.disable(reason="torch.optim runs outside of the graph")  # type: ignore[untyped-decorator,no-untyped-call]
+    @_disable_dynamo  # torch.compiler.disable does the same, and imports all of the compiler at once
     def step(self, grads: Mapping[str, Any], state: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
         """Return the new tree and the new state: exactly the values that the class computes in place.
 

@@ -1,13 +1,16 @@
 """Small modules, data and quiet trainers for the tests of Lightning."""
 
 import contextlib
+from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import peft_func as pf
+
+pl = pytest.importorskip("lightning.pytorch")
 F = nn.functional
 
 # Lightning's own use of torch, and hints about the speed of real runs.
@@ -152,3 +155,25 @@ def run_until(step, tmp_path, module, train, *callbacks, val=None, **options):
     with contextlib.suppress(Stop):
         trainer(tmp_path, *callbacks, StopAt(step), **options).fit(module, train, val)
         raise AssertionError("it was not stopped")
+
+
+BACKBONE_NORM = {"backbone.1.weight", "backbone.1.bias"}
+BACKBONE = BACKBONE_NORM | {f"backbone.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")}
+HEAD = {"head.weight", "head.bias"}
+HEAD_THEN_ALL = {0: r"head\..*", 2: ".*"}
+
+
+def backbone(unfreeze_at=2, *, growth=2.0, initial=None, align=True, **options):
+    schedule = pf.BackboneSchedule(unfreeze_at=unfreeze_at, growth=growth, initial=initial, align=align)
+    return pf.lightning.BackboneFinetuning(schedule=schedule, **options)
+
+
+def finetuning(schedule=None, **options):
+    return pf.lightning.FunctionalFinetuning(pf.schedule(schedule or HEAD_THEN_ALL), **options)
+
+
+def fit(tmp_path, callback, module=None, epochs=5, val=None, **options):
+    log, module = Log(), WithNorm() if module is None else module
+    runner = trainer(tmp_path, callback, log, max_epochs=epochs, **options)
+    runner.fit(module, loader(), val)
+    return SimpleNamespace(log=log, module=module, trainer=runner, optimizer=runner.optimizers[0])

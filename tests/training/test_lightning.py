@@ -254,3 +254,21 @@ def test_an_empty_fit_of_freeze_and_unfreeze_keeps_the_module(tmp_path):
     assert torch.equal(tuned(x), before)
     tuned.unfreeze()
     assert all(p.requires_grad for p in tuned.parameters())
+
+
+def test_the_size_of_a_batch_is_that_of_its_first_tensor(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2, dtype=torch.float64)
+
+        def forward(self, x, scale):
+            return scale * self.layer(x)
+
+    x, y = data()
+    scale = torch.full((2,), 0.5, dtype=torch.float64)
+    batches = [{"x": x[i : i + 5], "scale": scale, "labels": y[i : i + 5]} for i in range(0, 16, 5)]  # 5, 5, 5, 1
+    tuned = pf.lightning.FunctionalModule(Scaled(), pf.lora(".*", rank=1), loss=F.cross_entropy)
+    (results,) = trainer(tmp_path).validate(tuned, DataLoader(batches, batch_size=None), verbose=False)
+    with torch.no_grad():
+        assert results["val_loss"] == pytest.approx(float(F.cross_entropy(tuned(x, scale=scale), y)))

@@ -1,4 +1,4 @@
-"""What trains, epoch by epoch: the tests of Lightning's callbacks, and its known bugs with the right behaviour."""
+"""What trains, epoch by epoch: the tests of Lightning's own callbacks, adapters, and bad input."""
 
 from types import SimpleNamespace
 
@@ -8,33 +8,27 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import peft_func as pf
-from tests.training.lightning_runs import QUIET, Log, WithNorm, data, equal, loader, trainer
+from tests.training.lightning_runs import (
+    BACKBONE,
+    BACKBONE_NORM,
+    HEAD,
+    HEAD_THEN_ALL,
+    QUIET,
+    Log,
+    WithNorm,
+    backbone,
+    equal,
+    finetuning,
+    fit,
+    loader,
+    pl,
+    trainer,
+)
 
-pl = pytest.importorskip("lightning.pytorch")
 F = nn.functional
 pytestmark = QUIET
 
 Theirs = pl.callbacks.BackboneFinetuning
-BACKBONE_NORM = {"backbone.1.weight", "backbone.1.bias"}
-BACKBONE = BACKBONE_NORM | {f"backbone.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")}
-HEAD = {"head.weight", "head.bias"}
-HEAD_THEN_ALL = {0: r"head\..*", 2: ".*"}
-
-
-def backbone(unfreeze_at=2, *, growth=2.0, initial=None, align=True, **options):
-    schedule = pf.BackboneSchedule(unfreeze_at=unfreeze_at, growth=growth, initial=initial, align=align)
-    return pf.lightning.BackboneFinetuning(schedule=schedule, **options)
-
-
-def finetuning(schedule=None, **options):
-    return pf.lightning.FunctionalFinetuning(pf.schedule(schedule or HEAD_THEN_ALL), **options)
-
-
-def fit(tmp_path, callback, module=None, epochs=5, val=None, **options):
-    log, module = Log(), WithNorm() if module is None else module
-    runner = trainer(tmp_path, callback, log, max_epochs=epochs, **options)
-    runner.fit(module, loader(), val)
-    return SimpleNamespace(log=log, module=module, trainer=runner, optimizer=runner.optimizers[0])
 
 
 def step_lr(optimizer):
@@ -221,276 +215,6 @@ def test_a_module_without_the_backbone_is_an_error_that_names_the_nearest(tmp_pa
     assert run.log.rows[0]["trains"] == HEAD | BACKBONE_NORM
 
 
-# ---- 5.5: what is wrong there is right here
-
-
-def test_row_train_bn_false_is_honoured_in_the_frozen_phase(tmp_path):
-    ours = fit(tmp_path, backbone(train_norms=False), epochs=4)
-    for row in ours.log.rows:
-        assert not row["trains"] & BACKBONE_NORM
-        assert equal(
-            {n: row["state"][n] for n in BACKBONE_NORM}, {n: WithNorm().state_dict()[n] for n in BACKBONE_NORM}
-        )
-    theirs = fit(tmp_path, Theirs(unfreeze_backbone_at_epoch=2, train_bn=False), epochs=1)
-    assert theirs.log.rows[0]["trains"] >= BACKBONE_NORM  # their bug 21531
-
-
-def statistics_of(state):
-    return torch.cat([state["backbone.1.running_mean"], state["backbone.1.running_var"]])
-
-
-@pytest.mark.parametrize("norms", [None, False])
-def test_row_running_statistics_stay_with_frozen_norms(tmp_path, norms):
-    start = statistics_of(WithNorm().state_dict())
-    run = fit(tmp_path, finetuning(train_norms=norms), epochs=4, val=loader(seed=2))
-    changed = [not torch.equal(statistics_of(state), start) for state in run.log.of_epochs("state")]
-    assert changed == ([False, False, True, True] if norms is None else [False] * 4)
-    theirs = fit(tmp_path, Theirs(unfreeze_backbone_at_epoch=2, train_bn=False), epochs=3)
-    assert not torch.equal(statistics_of(theirs.module.state_dict()), start)  # their bug 15062
-
-
-@pytest.mark.parametrize("update", [True, False])
-def test_running_statistics_can_be_kept_or_updated_in_all_epochs(tmp_path, update):
-    start = statistics_of(WithNorm().state_dict())
-    run = fit(tmp_path, finetuning(update_statistics=update), epochs=3, val=loader(seed=2))
-    changed = [not torch.equal(statistics_of(state), start) for state in run.log.of_epochs("state")]
-    assert changed == [update] * 3
-
-
-def test_a_frozen_norm_normalises_alike_in_training_and_in_evaluation(tmp_path):
-    """Theirs takes the batch's statistics in training, and the stored ones in evaluation."""
-    x, y = data()
-    for callback, alike in ((finetuning(), True), (Theirs(unfreeze_backbone_at_epoch=2, train_bn=False), False)):
-        module = WithNorm()
-        with torch.no_grad():
-            in_eval = float(F.cross_entropy(module.eval()(x[:4]), y[:4]))
-        run = fit(tmp_path, callback, module.train(), epochs=1)
-        assert (run.log.rows[0]["loss"] == pytest.approx(in_eval, abs=1e-14)) is alike
-
-
-def test_modes_survive_validation_and_hooks_and_are_given_back(tmp_path):
-    class Own(WithNorm):
-        def on_train_epoch_start(self):
-            self.train()
-
-        def on_validation_model_train(self):
-            self.train()
-
-    modes = []
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            modes.append((pl_module.training, pl_module.backbone.training, pl_module.backbone[1].training))
-
-    module = Own()
-    log = Log()
-    trainer(tmp_path, finetuning({0: "head.*", 1: ".*", 2: "head.*"}), log, Watch(), max_epochs=3).fit(
-        module, loader(), loader()
-    )
-    assert modes == [(True, True, False)] * 4 + [(True, True, True)] * 4 + [(True, True, False)] * 4
-    assert all(part.training for part in module.modules())
-
-
-def test_a_norm_that_the_user_put_in_eval_mode_stays_there(tmp_path):
-    module = WithNorm()
-    module.backbone.eval()
-    with pytest.warns(UserWarning, match="eval mode at the start of training"):
-        fit(tmp_path, finetuning(), module, epochs=3)
-    assert not any(part.training for part in module.backbone.modules())
-
-
-def test_row_equal_values_do_not_make_parameters_the_same(tmp_path):
-    class Twins(WithNorm):
-        def __init__(self):
-            super().__init__()
-            self.backbone = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8)).double()
-
-    for callback, count in ((finetuning({0: "head.*", 1: ".*"}), 6), (TheirUnfreeze(), 4)):
-        run = fit(tmp_path, callback, Twins(), epochs=2)
-        groups = run.log.of_epochs("groups")[1][1:]
-        assert sum(map(len, groups)) == count  # theirs drops the second norm: equal to the first
-
-
-class TheirUnfreeze(pl.callbacks.BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.backbone, train_bn=False)
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 1:
-            for part in pl_module.backbone[:2]:
-                self.unfreeze_and_add_param_group(part, optimizer)
-            with pytest.warns(UserWarning, match="already exist"):
-                self.unfreeze_and_add_param_group(pl_module.backbone[2], optimizer)
-
-
-def test_row_the_rate_of_new_groups_is_a_method_to_override(tmp_path):
-    class Gentle(pf.lightning.FunctionalFinetuning):
-        def rate(self, epoch, head_rate, previous):
-            return head_rate / 100 if previous is None else min(3 * previous, head_rate)
-
-    schedule = pf.schedule({0: "head.*", 1: r"(head|backbone\.3).*", 2: ".*"})
-    run = fit(tmp_path, Gentle(schedule), epochs=4)
-    expected = [[0.1], [0.1, 0.001], [0.1, 0.003, 0.001], [0.1, 0.009, 0.003]]
-    for rates, wanted in zip(run.log.of_epochs("rates"), expected, strict=True):
-        assert rates == pytest.approx(wanted)
-
-
-def test_row_norms_that_train_from_the_start_do_not_warn_at_unfreeze(tmp_path):
-    run = fit(tmp_path, backbone(1), epochs=2)
-    assert set(run.log.of_epochs("groups")[0][0]) == HEAD | BACKBONE_NORM
-    assert set(run.log.of_epochs("groups")[1][1]) == BACKBONE - BACKBONE_NORM
-
-
-def test_norms_train_from_the_start_also_where_the_optimizer_was_made_for_the_head(tmp_path):
-    run = fit(tmp_path, backbone(1), WithNorm(head_only=True), epochs=3)
-    assert [set(group) for group in run.log.of_epochs("groups")[1]] == [HEAD, BACKBONE_NORM, BACKBONE - BACKBONE_NORM]
-    wanted = [[0.1, 0.01], [0.1, 0.01, 0.01], [0.1, 0.02, 0.02]]
-    for rates, expected in zip(run.log.of_epochs("rates"), wanted, strict=True):
-        assert rates == pytest.approx(expected)
-
-
-# ---- groups, optimizers and schedulers while the set changes
-
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05),
-    "adam foreach": lambda p: torch.optim.Adam(p, lr=0.05, foreach=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.05),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=0.05),
-}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_curve_is_that_of_plain_pytorch_with_one_optimizer_a_part(tmp_path, make):
-    """A peer by another way: every part has an optimizer of its own, which lives as long as the part trains."""
-    schedule = {0: "head.*", 1: ".*", 3: r"backbone\..*", 4: ".*"}
-    run = fit(tmp_path, finetuning(schedule, denominator=5), WithNorm(make), epochs=6, gradient_clip_val=None)
-    plain, (x, y) = WithNorm(), data()
-    optimizers, losses = {}, []
-    for epoch in range(6):
-        parts = {0: ("head",), 3: ("backbone",)}.get(epoch, ("head",) if epoch == 0 else ("head", "backbone"))
-        for gone in optimizers.keys() - set(parts):
-            del optimizers[gone]
-        for name in parts:
-            if name not in optimizers:
-                optimizers[name] = make(getattr(plain, name).parameters())
-                if epoch:
-                    optimizers[name].param_groups[0]["lr"] /= 5
-        plain.train()
-        plain.backbone.train("backbone" in parts)
-        for i in range(0, 16, 4):
-            loss = F.cross_entropy(plain(x[i : i + 4]), y[i : i + 4])
-            plain.zero_grad()
-            loss.backward()
-            for optimizer in optimizers.values():
-                optimizer.step()
-            losses.append(float(loss.detach()))
-    assert [row["loss"] for row in run.log.rows] == pytest.approx(losses, abs=1e-12)
-
-
-def test_what_freezes_leaves_the_optimizer_with_its_state_and_gradient(tmp_path):
-    run = fit(tmp_path, finetuning({0: ".*", 2: "head.*", 3: ".*"}), WithNorm(OPTIMIZERS["adamw"]), epochs=3)
-    module, optimizer = run.module, run.optimizer
-    assert {id(p) for p in optimizer.state} == {id(p) for p in module.head.parameters()}
-    assert all(p.grad is None and not p.requires_grad for p in module.backbone.parameters())
-    states = run.log.of_epochs("state")
-    for name in BACKBONE:
-        assert torch.equal(run.log.rows[7]["state"][name], states[2][name])
-
-
-def test_a_part_that_thaws_again_fills_its_empty_group(tmp_path):
-    run = fit(tmp_path, finetuning({0: "head.*", 1: ".*", 2: "head.*", 3: ".*", 4: "head.*", 5: ".*"}), epochs=6)
-    assert [len(groups) for groups in run.log.of_epochs("groups")] == [1, 2, 2, 2, 2, 2]
-    assert [bool(groups[-1]) for groups in run.log.of_epochs("groups")] == [True, True, False, True, False, True]
-
-
-SCHEDULERS = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.5),
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 24),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 7),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=30),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=5),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=10),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=30),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.LinearLR(o, 0.1, total_iters=10)]
-    ),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=6), lr_scheduler.CosineAnnealingLR(o, 30)], [10]
-    ),
-}
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_a_group_that_joined_keeps_its_ratio_under_every_scheduler(tmp_path, scheduler):
-    schedule = {0: "head.*", 2: r"(head|backbone\.3).*", 4: ".*"}
-    run = fit(tmp_path, finetuning(schedule), WithNorm(scheduler=scheduler, interval="step"), epochs=6)
-    for row in run.log.rows:
-        assert row["rates"][1:] == pytest.approx([row["rates"][0] / 10] * (row["epoch"] // 2), rel=1e-12)
-    assert len({row["rates"][0] for row in run.log.rows}) > 2
-
-
-def test_schedulers_by_group_stop_lightnings_own_callback(tmp_path):
-    """zip(strict=True) in torch's schedulers: theirs adds a group, and tells no scheduler."""
-    module = WithNorm(scheduler=SCHEDULERS["LambdaLR"], interval="step", head_only=True)
-    with pytest.raises(ValueError, match="zip"):
-        fit(tmp_path, Theirs(unfreeze_backbone_at_epoch=2), module)
-
-
-def test_a_plateau_scheduler_follows_as_well(tmp_path):
-    class Plateau(WithNorm):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            plateau = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10, min_lr=[1e-5])
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
-
-    run = fit(tmp_path, finetuning(), Plateau(), epochs=5, val=loader())
-    rates = run.log.of_epochs("rates")
-    assert rates[-1][1] == pytest.approx(rates[-1][0] / 10)
-    assert rates[-1][0] < 0.1
-
-
-def test_a_part_that_thaws_while_the_head_stands_at_zero_follows_it_later(tmp_path):
-    module = WithNorm(scheduler=lambda o: lr_scheduler.LambdaLR(o, lambda epoch: [0.5, 0.0, 0.0, 1.0][epoch % 4]))
-    run = fit(tmp_path, finetuning(), module, epochs=4)
-    assert run.log.of_epochs("rates")[2] == [0.0, 0.0]
-    assert run.log.of_epochs("rates")[3] == pytest.approx([0.1, 0.01])
-
-
-def test_an_optimizer_of_named_parameters_keeps_their_names(tmp_path):
-    class Named(WithNorm):
-        def configure_optimizers(self):
-            return torch.optim.SGD([(n, p) for n, p in self.named_parameters() if p.requires_grad], lr=0.1)
-
-    run = fit(tmp_path, finetuning({0: "head.*", 1: ".*", 2: r"backbone\..*", 3: ".*"}), Named(), epochs=4)
-    for group, names in zip(run.optimizer.param_groups, run.log.of_epochs("groups")[-1], strict=True):
-        assert group["param_names"] == names
-
-
-def test_a_module_outside_the_optimizer_from_the_start_stays_out(tmp_path):
-    class WithTeacher(WithNorm):
-        def __init__(self):
-            super().__init__()
-            self.teacher = nn.Linear(4, 2).double()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.head.parameters(), lr=0.1)
-
-    run = fit(tmp_path, backbone(1, train_norms=None), WithTeacher(), epochs=2)
-    assert [set(group) for group in run.log.of_epochs("groups")[1]] == [HEAD, BACKBONE]
-
-
-def test_a_parameter_that_the_user_froze_outside_the_backbone_stays_frozen(tmp_path):
-    module = WithNorm()
-    module.head.bias.requires_grad_(False)
-    run = fit(tmp_path, backbone(1), module, epochs=2)
-    assert run.log.of_epochs("trains")[1] == BACKBONE | {"head.weight"}
-
-
 # ---- adapters under the callback
 
 
@@ -581,3 +305,49 @@ def test_evaluation_touches_nothing(tmp_path):
     module = WithNorm()
     trainer(tmp_path, finetuning()).validate(module, loader(), verbose=False)
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_checkpoint_with_the_state_of_another_callback_is_refused(tmp_path):
+    callback = finetuning()
+    for state in ({"internal_optimizer_metadata": {}}, {"epoch": 0, "groups": [[], []], "trains": [], "joined": {}}):
+        runner = trainer(tmp_path, callback, max_epochs=1)
+        runner.fit(WithNorm(), loader())
+        checkpoint = runner._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint["callbacks"]["FunctionalFinetuning"] = state
+        torch.save(checkpoint, tmp_path / "foreign.ckpt")
+        with pytest.raises(pf.FileFormatError, match="of another callback, or not for 1 optimizer"):
+            trainer(tmp_path, callback, max_epochs=2).fit(WithNorm(), loader(), ckpt_path=tmp_path / "foreign.ckpt")
+
+
+def test_a_state_that_was_loaded_for_an_evaluation_is_not_for_the_next_fit(tmp_path):
+    run = fit(tmp_path, finetuning(), epochs=3)
+    run.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    callback, module = finetuning(), WithNorm()
+    trainer(tmp_path, callback).validate(module, loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    again = fit(tmp_path, callback, module, epochs=1)
+    assert again.log.rows[0]["trains"] == HEAD
+
+
+def test_a_second_fit_goes_on_where_the_schedule_is(tmp_path):
+    log = Log()
+    runner = trainer(tmp_path, finetuning(), log, max_epochs=3)
+    module = WithNorm()
+    runner.fit(module, loader())
+    runner.fit_loop.max_epochs = 5
+    runner.fit(module, loader())
+    assert log.of_epochs("trains") == [HEAD, HEAD] + [HEAD | BACKBONE] * 3
+    assert [len(groups) for groups in log.of_epochs("groups")] == [1, 1, 2, 2, 2]
+
+
+def test_accumulated_and_clipped_gradients_stop_at_the_boundary(tmp_path):
+    """Two batches a step, with clipping: the same as one batch of both, where nothing normalises over the batch."""
+    curves = []
+    for batch, accumulate in ((4, 2), (8, 1)):
+        module = WithNorm()
+        module.backbone[1] = nn.Identity()
+        runner = trainer(
+            tmp_path, finetuning(), max_epochs=4, accumulate_grad_batches=accumulate, gradient_clip_val=0.3
+        )
+        runner.fit(module, loader(batch))
+        curves.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-12)

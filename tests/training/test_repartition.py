@@ -250,7 +250,7 @@ def test_without_an_optimizer_there_is_no_state():
 def test_bad_trees_and_selections_are_refused():
     with pytest.raises(pf.TreeError, match="share no leaf"):
         pf.repartition({"d": torch.ones(2)}, TREE, ".*")
-    with pytest.raises(pf.SelectorError, match="repartition: 'e' matches none of 4 leaves.*nearest"):
+    with pytest.raises(pf.SelectorError, match=r"repartition: 'e' matches none of 4 leaves.*nearest"):
         pf.repartition({}, TREE, "e")
 
 

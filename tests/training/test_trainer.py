@@ -66,8 +66,6 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("build", [bert, zoo.llama, zoo.gpt2], ids=lambda build: build.__name__)
 def test_it_learns_bitwise_what_the_plain_module_learns(build, name):
-    if (build, name) == (zoo.gpt2, "decayed"):
-        pytest.skip("Trainer tells GPT-2's norms by their class, which the module does not show")
     options = SAME[name]
     data = rows(64, 0, language=build is not bert)
     net = seeded(build)
@@ -383,6 +381,27 @@ def test_noise_on_embeddings_is_put_on_the_net_before():
     held = rows(16, 1)
     batch = {"input_ids": torch.stack([row["input_ids"] for row in held])}
     assert torch.equal(run.model.eval()(**batch).logits, fresh.eval()(**batch).logits)  # in train mode only
+    with pytest.raises(pf.AttributeRefusedError, match=r"get_input_embeddings.*before"):
+        trained(pf.Adapted(net, LORA), data, neftune_noise_alpha=5.0)
+
+
+def test_weights_of_norms_are_told_by_their_class():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4))
+    module = pf.Adapted(net, pf.chain(pf.lora("0", rank=2), pf.train("1|2")))
+    assert set(Trainer(model=module, args=arguments()).get_decay_parameter_names(module)) == {
+        "lora.0.weight.A", "lora.0.weight.B", "train.2.weight"
+    }  # fmt: skip
+    assert "LayerNorm" not in repr(module)
+    assert module(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_an_attribute_that_is_none_is_none():
+    class Net(nn.Linear):
+        hf_device_map = None
+
+    module = pf.Adapted(Net(2, 2), pf.train("bias"))
+    assert module.hf_device_map is None
+    assert not hasattr(module, "is_parallelizable")
 
 
 def test_attributes_that_are_set_reach_the_net_that_runs_or_are_refused():

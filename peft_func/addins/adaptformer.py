@@ -1,0 +1,187 @@
+"""AdaptFormer: a bottleneck beside the feed-forward part of every block, or behind it.
+
+    parallel:    y = MLP(LN(x)) + s Up(ReLU(Down(x))) + x         x what the block adds the feed-forward part to
+    sequential:  y = h + s Up(ReLU(Down(h))) + x,  h = MLP(LN(x))
+
+Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", 2022, arXiv 2205.13535. The
+input of the parallel branch is that of the norm, where the block begins with one, and that of the feed-forward part
+itself, where norms come last. Which it is shows in the call: the branch asks whether a norm ran before the attention.
+"""
+
+import functools
+from collections.abc import Iterable
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_func.addins.across import noted
+from peft_func.addins.added import Change, adds
+from peft_func.addins.around import nothing
+from peft_func.addins.bottleneck import bottleneck_change, check_size, checked, dense, extras
+from peft_func.addins.parts import blocks
+from peft_func.addins.place import Place, place_at
+from peft_func.addins.structure import Block, blocks_at
+from peft_func.addins.values import main, main_argument, with_main
+from peft_func.addins.width import widths
+from peft_func.errors import OptionError
+from peft_func.functional.model import FunctionalModel
+from peft_func.functional.surround import Inner
+from peft_func.transforms.options import check_choice
+from peft_func.transforms.transform import Part, Transform, check_name
+from peft_func.trees.keys import split, uniform
+from peft_func.trees.paths import Tree
+from peft_func.trees.select import Where
+from peft_func.weights.around import Around
+from peft_func.weights.mapping import Weights
+
+
+def adaptformer(
+    where: Where | None = None,
+    *,
+    form: str = "parallel",
+    rank: int = 64,
+    scale: float | str = 0.1,
+    layer_norm: str | None = None,
+    dropout: float = 0.1,
+    activation: str = "relu",
+    width: int | None = None,
+    name: str = "adaptformer",
+) -> Part:
+    """Add a bottleneck to the feed-forward part of blocks.
+
+    Leaves of `trainable[name][path]`: `down` [rank, width], `down_bias` [rank], `up` [width, rank], `up_bias` [width];
+    `scale` [], `norm`, `norm_bias` [width] where asked for. `up` is zero at the start, so nothing changes at first.
+
+    Args:
+        where: a selector over modules: blocks, by default all; or feed-forward modules, which the bottleneck is then
+            put around as they are, with their own input.
+        form: `"parallel"` or `"sequential"`.
+        rank: the width of the bottleneck.
+        scale: s, or `"learned"`: it starts at 1.
+        layer_norm: `"in"` for one on what Down gets, `"out"` for one on what Up gives, before s.
+        dropout: the probability of dropping a feature behind the activation, in train mode.
+        activation: as for `pf.bottleneck`.
+        width: the number of features, where the weights cannot tell it.
+        name: the sub-tree.
+
+    Raises:
+        SelectorError: at `bind`, nothing is selected; by default, if the model has no blocks.
+        OptionError: an option is out of range; at `bind`, a block has no feed-forward part that shapes tell.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = pf.functionalize(torch.nn.TransformerEncoder(layer, 2)).eval()
+        >>> adapter = pf.bind(pf.adaptformer(rank=4), model)
+        >>> frozen, trainable = adapter.init(0)
+        >>> list(trainable["adaptformer"]), list(trainable["adaptformer"]["layers.0"])
+        (['layers.0', 'layers.1'], ['down', 'down_bias', 'up', 'up_bias'])
+        >>> model(adapter.apply(frozen, trainable), torch.ones(1, 3, 8)).shape
+        torch.Size([1, 3, 8])
+    """
+    check_choice(name, "form", form, ("parallel", "sequential"))
+    options: dict[str, Any] = {
+        "form": form,
+        "rank": rank,
+        "activation": activation,
+        "scale": scale,
+        "layer_norm": layer_norm,
+        "dropout": dropout,
+        "width": width,
+    }
+    acting = checked(name, options)
+    check_size(name, "rank", rank)
+    change = functools.partial(bottleneck_change, dense, acting)
+
+    def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
+        known = blocks_at(model, paths)
+        ends = {path: _ends(name, place_at(model, path), known.get(path), width) for path in paths}
+
+        def draw(weights: Weights, key: int) -> Tree:
+            tree: Tree = {}
+            for path, (inputs, outputs) in ends.items():
+                first = outputs if form == "sequential" else inputs
+                bound, like = 1 / sqrt(first), place_at(model, path).like
+                down = uniform((rank, first), bound, split(split(key, path), "down"), like)
+                zeros = functools.partial(torch.zeros, dtype=down.dtype, device=down.device)
+                tree[path] = {
+                    "down": down,
+                    "down_bias": zeros(rank),
+                    "up": zeros(outputs, rank),
+                    "up_bias": zeros(outputs),
+                    **extras(options, first, outputs, down),
+                }
+            return tree
+
+        def arounds(tree: Tree) -> Iterable[Around]:
+            for path in paths:
+                for at, function, used in _functions(name, form, change, path, known.get(path)):
+                    yield Around(at, function, tree[path] if used else {}, name)
+
+        model.hosts.add(at for path in paths for at, *_ in _functions(name, form, change, path, known.get(path)))
+        return Transform(draw, nothing, arounds=arounds)
+
+    return Part(blocks() if where is None else where, make, check_name(name), "adaptformer", options, modules=True)
+
+
+def _ends(name: str, place: Place, block: Block | None, width: int | None) -> tuple[int, int]:
+    if block is None:
+        return widths(place, name, width)
+    if block.first is None:
+        raise OptionError(
+            f"{name}: no two linear maps of {block.path!r} go from its {block.width} features and back, so its "
+            "feed-forward part is unknown; select the feed-forward modules themselves"
+        )
+    return block.width, block.width
+
+
+def _functions(
+    name: str, form: str, change: Change, path: str, block: Block | None
+) -> list[tuple[str, functools.partial[Any], bool]]:
+    """Return what is around which modules, and whether it uses the tensors of the place."""
+    if block is None or form == "sequential":
+        at = path if block is None else block.mlp or block.last or path
+        return [(at, functools.partial(adds, form, change), True)]
+    watching = [(at, functools.partial(_watch, path, "norm"), False) for at in block.norms]
+    watching += [(at, functools.partial(_watch, path, "attention"), False) for at in block.attentions]
+    if block.mlp is not None:
+        return [*watching, (block.mlp, functools.partial(_beside, name, path, change), True)]
+    return [
+        *watching,
+        (block.first or path, functools.partial(_branch_off, name, path, change), True),
+        (block.last or path, functools.partial(_join, name, path), False),
+    ]
+
+
+def _watch(block: str, what: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    """Note which comes first in a block, a norm or an attention, and what the last norm so far got."""
+    inner.notes.setdefault(("begins", block), what)
+    if what == "norm":
+        inner.notes["adaptformer", block, "norm"] = main_argument(args, kwargs), torch.is_grad_enabled()
+    return inner(*args, **kwargs)
+
+
+def _residual(block: str, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what the block adds its feed-forward part to."""
+    if inner.notes.get(("begins", block)) == "norm":
+        return noted(("adaptformer", block, "norm"), inner)
+    return main_argument(args, kwargs)
+
+
+def _beside(name: str, block: str, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    added = change(tree, _residual(block, inner, args, kwargs), inner)
+    output = inner(*args, **kwargs)
+    return with_main(output, main(output) + added)
+
+
+def _branch_off(name: str, block: str, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    added = change(tree, _residual(block, inner, args, kwargs), inner)
+    inner.notes[name, block, "added"] = added, torch.is_grad_enabled()
+    return inner(*args, **kwargs)
+
+
+def _join(name: str, block: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    output = inner(*args, **kwargs)
+    return with_main(output, main(output) + noted((name, block, "added"), inner))
