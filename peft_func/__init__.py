@@ -22,9 +22,17 @@ from peft_func.addins.parts import blocks as blocks
 from peft_func.addins.parts import head as head
 from peft_func.addins.parts import mlps as mlps
 from peft_func.addins.place import Place as Place
+from peft_func.addins.presets import full as full
+from peft_func.addins.presets import linear_probe as linear_probe
+from peft_func.addins.presets import partial as partial
+from peft_func.addins.reft import direft as direft
+from peft_func.addins.reft import loreft as loreft
+from peft_func.addins.reft import noreft as noreft
+from peft_func.addins.ssf import ssf as ssf
 from peft_func.addins.structure import Block as Block
 from peft_func.addins.structure import blocks_of as blocks_of
 from peft_func.addins.vpt import vpt as vpt
+from peft_func.addins.vqt import vqt as vqt
 from peft_func.addins.wire import Wiring as Wiring
 from peft_func.addins.wire import wire as wire
 from peft_func.addins.wire_class import AddinBase as AddinBase
@@ -127,6 +135,7 @@ from peft_func.training.step import step as step
 from peft_func.transforms.bind import Adapter as Adapter
 from peft_func.transforms.bind import bind as bind
 from peft_func.transforms.dora import dora as dora
+from peft_func.transforms.fact import fact as fact
 from peft_func.transforms.first_match import FirstMatch as FirstMatch
 from peft_func.transforms.first_match import first_match as first_match
 from peft_func.transforms.first_match import parameter as parameter

@@ -91,8 +91,8 @@ def adaptformer(
         "dropout": dropout,
         "width": width,
     }
-    acting = checked(name, options)
-    check_size(name, "rank", rank)
+    acting = checked(name, options | {"reduction": 1})
+    check_size(name, "rank", rank, optional=False)
     change = functools.partial(bottleneck_change, dense, acting)
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:

@@ -1,10 +1,9 @@
 """The arguments of a module's forward by their names: token masks and positions are found by what they are called."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_func.errors import AddinError
@@ -15,6 +14,13 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = inspect.signature(type(module).forward).parameters.values()
     return tuple(parameter.name for parameter in found if parameter.kind in kinds)[1:]
+
+
+def holders(path: str) -> Iterator[str]:
+    """Yield the paths of the modules around a module, from the nearest to the whole net."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,15 +35,13 @@ def tokens_before(arguments: Mapping[str, Any]) -> Any:
 
 
 def token_mask(arguments: Mapping[str, Any], name: str, who: str) -> Tensor | None:
-    """Return which tokens are there: bool `[batch, tokens]`; None if the call does not say.
+    """Return the mask over tokens `[batch, tokens]` of a call; None if it has none.
 
     Raises:
         AddinError: the argument is no mask over tokens, such as one over pairs of them.
     """
     mask = arguments.get(name)
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        found = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
-        raise AddinError(f"{who}: {name} has {found}; it must be [batch, tokens], which says where the padding is")
-    return mask if mask.dtype is torch.bool else mask != 0
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return mask
+    found = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+    raise AddinError(f"{who}: {name} has {found}; it must be [batch, tokens], which says where the padding is")

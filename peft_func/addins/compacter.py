@@ -150,7 +150,7 @@ def hypercomplex(tree: Mapping[str, Any], end: str, h: Tensor, inner: Inner) -> 
     right = tree[f"{end}_t" if factored else end]
     n = len(rule)
     check_features(h, n * right.shape[-1], inner)
-    h = torch.einsum("...jc,ikc->...ijk", h.reshape(*h.shape[:-1], n, -1), right)
+    h = torch.einsum("...jc,ikc->...ijk", h.reshape(*h.shape[:-1], n, h.shape[-1] // n), right)
     h = torch.einsum("iaj,...ijk->...iak", rule, h)
     out = torch.einsum("...iak,iok->...ao", h, tree[f"{end}_s"]) if factored else h.sum(-3)
     bias: Tensor = tree[f"{end}_bias"]

@@ -43,7 +43,7 @@ from peft_func.weights.around import Around
 from peft_func.weights.mapping import Weights
 
 Mix: TypeAlias = Callable[[Mapping[str, Any], Tree, Tensor, Tensor, Inner], Tensor]
-"""What becomes of what several adapters add: `(options, own tree, h, added [..., adapters, out], inner) -> [..., out]`."""
+"""Makes one of what several adapters add: `(options, own tree, h, added [..., adapters, out], inner) -> [..., out]`."""
 
 Own: TypeAlias = Callable[[int, int, int, int, Tensor], Tree]
 """The first values of what mixes, at one place: `(adapters, in, out, key, like) -> tree`."""

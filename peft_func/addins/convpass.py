@@ -73,7 +73,7 @@ def convpass(
         >>> model(adapter.apply(frozen, trainable), torch.ones(2, 1 + 5 * 5, 8)).shape
         torch.Size([2, 26, 8])
     """
-    check_size(name, "rank", rank)
+    check_size(name, "rank", rank, optional=False)
     check_size(name, "width", width)
     check_number(name, "scale", scale)
     check_choice(name, "init", init, ("identity", "xavier"))
@@ -83,7 +83,7 @@ def convpass(
         if not isinstance(grid, tuple | list) or len(grid) != 2:
             raise OptionError(f"{name}: grid={grid!r} is no pair of rows and columns, such as grid=(14, 14)")
         for size in grid:
-            check_size(name, "grid", size)
+            check_size(name, "grid", size, optional=False)
     options: dict[str, Any] = {
         "rank": rank,
         "scale": scale,

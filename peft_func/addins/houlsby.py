@@ -116,8 +116,9 @@ class Pfeiffer(Deferred):
             chosen = as_selector(self.where) & exact(ends)
             ends = list(resolve_modules(chosen, model, self.part))
         form = "norm" if all(norms) else "sequential"
-        width = {"width": blocks[0].width} | self.options
-        return chain(bottleneck(exact(ends), form=form, name=self.part, **width))
+        widths = {block.width for block in blocks}
+        known = {"width": widths.pop()} if len(widths) == 1 else {}  # which tells more than the weights in a block
+        return chain(bottleneck(exact(ends), form=form, name=self.part, **known | self.options))
 
 
 def pfeiffer(

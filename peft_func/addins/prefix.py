@@ -21,7 +21,7 @@ def prefix_of(model: FunctionalModel, given: int | None, name: str) -> int:
         known = None
     if known is None:
         raise OptionError(
-            f"{name}: {model!r} has no patches of images, so the number of tokens before them is unknown; give prefix=0, "
-            "or how many there are"
+            f"{name}: {model!r} has no patches of images, so the number of tokens before them is unknown; give "
+            "prefix=0, or how many there are"
         )
     return known

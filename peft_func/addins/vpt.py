@@ -82,7 +82,7 @@ def vpt(
         >>> model(adapter.apply(frozen, trainable), torch.ones(2, 5, 8)).shape
         torch.Size([2, 5, 8])
     """
-    check_size(name, "tokens", tokens)
+    check_size(name, "tokens", tokens, optional=False)
     check_flag(name, "deep", deep)
     check_flag(name, "keep", keep)
     if bound is not None and check_number(name, "bound", bound) < 0:
@@ -151,7 +151,7 @@ def prompted(
     if how is not None:
         x = main_argument(args, kwargs)
         if how == "insert":
-            _check_alone(x, inner, args, kwargs)
+            check_alone(x, inner, args, kwargs)
         prompt = tree["prompt"].to(x.dtype).expand(*x.shape[:-2], -1, -1)
         if dropout:
             prompt = F.dropout(prompt, dropout, inner.training)
@@ -177,7 +177,7 @@ def _bound(model: FunctionalModel, width: int, name: str) -> float:
     return sqrt(6 / (patch + width))
 
 
-def _check_alone(x: Tensor, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_alone(x: Tensor, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a block that gets masks or positions of tokens: prompts have none."""
     if x.dim() < 2:
         raise AddinError(f"at {inner.path!r} there are no tokens: an activation is {tuple(x.shape)}")

@@ -71,7 +71,7 @@ class AddinBase(nn.Module):
 
 
 def _cache_of(addin: nn.Module) -> Tensor:
-    cache: Any = addin.inputs_cache
+    cache = getattr(addin, "inputs_cache", None)
     if cache is None:
         raise AddinError(
             f"{type(addin).__name__} adds what it has noted, and has noted nothing; wire it with get_pre or get_post "

@@ -9,7 +9,7 @@ from torch import nn
 from peft_func.addins.modules import Built
 from peft_func.addins.place import Place
 from peft_func.addins.wire_class import Protocol, method_of, methods_of
-from peft_func.addins.wiring import Wire
+from peft_func.addins.wiring import Wire, path_text
 from peft_func.errors import OptionError
 from peft_func.trees.select import nearest
 
@@ -70,7 +70,16 @@ def _takes_place(wire: Wire, factory: Any) -> bool:
 
 def _check_methods(wire: Wire, kind: type) -> None:
     for end in wire.ends:
-        if method_of(kind, end.hook) is None:
-            known = methods_of(kind)
-            close = ", ".join(nearest(end.hook, known, 3))
+        method = method_of(kind, end.hook)
+        if method is None:
+            close = ", ".join(nearest(end.hook, methods_of(kind), 3))
             raise end.spot.error(f"{wire.name} has no method {end.hook!r}; the nearest: {close}")
+        takes = ("module", "inputs", "outputs")[: 2 if end.side == "pre" else 3]
+        try:
+            inspect.signature(method).bind("self", *takes)
+        except TypeError:
+            where = "into" if end.side == "pre" else "out of"
+            raise end.spot.error(
+                f"{end.hook} is put on the way {where} ({path_text(end.path)}), where it is called with "
+                f"({', '.join(takes)}); it takes {inspect.signature(method)}"
+            ) from None

@@ -12,12 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_func.addins.adaptformer import adaptformer
 from peft_func.addins.compose import MIXABLE
+from peft_func.addins.convpass import convpass
+from peft_func.addins.reft import direft, loreft, noreft
+from peft_func.addins.ssf import ssf
+from peft_func.addins.vpt import vpt
+from peft_func.addins.vqt import vqt
 from peft_func.errors import FileFormatError, OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.interop.atomic import renamed_into
 from peft_func.transforms.bind import Adapter, bind, check_tree
 from peft_func.transforms.dora import dora
+from peft_func.transforms.fact import fact
 from peft_func.transforms.gift import gift
 from peft_func.transforms.ia3 import ia3
 from peft_func.transforms.lora import lora
@@ -38,13 +45,22 @@ _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", t
 # Only these can be built from a file; nothing in a file is imported or executed.
 KINDS: dict[str, Callable[..., Part]] = {
     **MIXABLE,  # bottleneck, compacter, and what mixes them
+    "adaptformer": adaptformer,
+    "convpass": convpass,
+    "direft": direft,
     "dora": dora,
+    "fact": fact,
     "gift": gift,
     "ia3": ia3,
     "lora": lora,
+    "loreft": loreft,
     "magnitude": magnitude,
+    "noreft": noreft,
+    "ssf": ssf,
     "svdiff": svdiff,
     "train": train,
+    "vpt": vpt,
+    "vqt": vqt,
     "wegeft": wegeft,
 }
 

@@ -49,7 +49,7 @@ class TestWire(AddinLaws):
     )
     CASES = {
         "mlp": [
-            pf.wire("(A.adapt_input): ...->{inout1}(2)->(3){inout2}->...", A=eight),
+            pf.wire("(A.adapt_input): ...->{inout1}(2)->(3){inout2.adapt_output}->...", A=eight),
             pf.wire("(A.adapt_across_input): (0){in1}->...->{in2}(4), (A.adapt_output): (1){inout1}", A=eight),
             pf.chain(
                 pf.lora("0", rank=1), pf.wire("(A.adapt_across_output): ...->{in1}([2]){out1}->{in2}(3){out2}", A=eight)

@@ -76,8 +76,11 @@ def run(folder, name, world, resume=None, save=False, **options):
     runner = trainer(
         folder, callback(), log, *saves, devices=world, max_epochs=EPOCHS, use_distributed_sampler=False, **options
     )
-    runner.fit(module, Batches(rank=rank, world=world), ckpt_path=resume)
+    val = Batches(rank=rank, world=world, seed=2) if name == "adapter" else None
+    runner.fit(module, Batches(rank=rank, world=world), val, ckpt_path=resume)
     rows = [row["state"] for row in log.rows]
+    if val is not None:
+        rows[-1]["val_loss"] = runner.callback_metrics["val_loss"].double()  # of all processes
     if world > 1:
         rank = runner.global_rank
         torch.save(rows, f"{folder}/{name}{'-resumed' if resume else ''}-{rank}.pt")

@@ -326,6 +326,7 @@ def test_a_state_that_was_loaded_for_an_evaluation_is_not_for_the_next_fit(tmp_p
     trainer(tmp_path, callback).validate(module, loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
     again = fit(tmp_path, callback, module, epochs=1)
     assert again.log.rows[0]["trains"] == HEAD
+    assert again.log.rows[0]["groups"] == [["head.weight", "head.bias"]]
 
 
 def test_a_second_fit_goes_on_where_the_schedule_is(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from peft_func.training.lightning_groups import join, leave
 from tests.training.lightning_runs import (
     BACKBONE,
     HEAD,
@@ -161,3 +162,15 @@ def test_a_parameter_that_the_user_froze_outside_the_backbone_stays_frozen(tmp_p
     module.head.bias.requires_grad_(False)
     run = fit(tmp_path, backbone(1), module, epochs=2)
     assert run.log.of_epochs("trains")[1] == BACKBONE | {"head.weight"}
+
+
+def test_a_group_that_is_filled_again_has_the_defaults_of_the_optimizer():
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([one], lr=0.1, weight_decay=0.5)
+    index = join(optimizer, [], {"two": two})
+    optimizer.param_groups[index].update(weight_decay=7.0, lr=3.0)
+    leave(optimizer, [two])
+    assert join(optimizer, [], {"two": two}, index) == index
+    group = optimizer.param_groups[index]
+    assert (group["weight_decay"], group["lr"], len(optimizer.param_groups)) == (0.5, 0.1, 2)
+    assert group["params"][0] is two

@@ -124,6 +124,11 @@ def test_lora_plus_by_name():
     assert (mixed["lora.lin.weight.A"], mixed["lora.lin.weight.B"]) == (0.1, 0.4)
 
 
+def test_lora_plus_where_only_an_embedding_is_adapted():
+    adapter = pf.bind(pf.lora("embed", rank=2), pf.functionalize(Net()))
+    assert set(rates(pf.groups(adapter.init(0)[1], pf.lora_plus(16, adapter), lr=1.0)).values()) == {1e-6}
+
+
 def test_no_decay_knows_norms_by_their_modules():
     model = pf.functionalize(ZOO["llama"].build())
     adapter = pf.bind(pf.chain(pf.lora(["q_proj"], rank=1), pf.train(".*norm.*|.*lm_head.*")), model)

@@ -1,0 +1,220 @@
+"""Visual query tuning: learned tokens that ask frozen blocks, and are asked by nobody.
+
+    Z_i = L_i(P_i; K_i, V_i),  logits = head(c) + W [Z_1, ..., Z_m]
+
+Tu et al., "Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory
+Efficient Transfer Learning", 2023, arXiv 2212.03220. In block L_i the queries of the tokens P_i attend over the keys
+and values of the tokens of the image, which see nothing of them, and go through the rest of the block. What comes out
+of all blocks goes to the head, which has a part W of its own for it, zero at the start: nothing changes at first.
+"""
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_func.addins.across import noted
+from peft_func.addins.around import nothing
+from peft_func.addins.bottleneck import check_size
+from peft_func.addins.parts import blocks
+from peft_func.addins.place import place_at
+from peft_func.addins.structure import Block, blocks_at, linear_widths, projections_of, structure_of
+from peft_func.addins.values import main, main_argument, with_main, with_main_argument
+from peft_func.addins.vpt import check_alone
+from peft_func.errors import AddinError, OptionError
+from peft_func.functional.model import FunctionalModel
+from peft_func.functional.surround import Inner
+from peft_func.transforms.options import check_choice
+from peft_func.transforms.transform import Part, Transform, check_name
+from peft_func.trees.keys import split, uniform
+from peft_func.trees.paths import Tree
+from peft_func.trees.select import Where
+from peft_func.weights.around import Around
+from peft_func.weights.mapping import Weights
+
+_HEADS = re.compile(r"(num|n)_(attention_)?heads?|heads")
+
+
+def vqt(
+    where: Where | None = None,
+    *,
+    tokens: int = 1,
+    pool: str = "none",
+    head: str | None = None,
+    heads: int | None = None,
+    bound: float = 0.1,
+    name: str = "vqt",
+) -> Part:
+    """Let learned tokens ask the blocks of a vision transformer, and give their answers to the head.
+
+    Leaves of `trainable[name]`: each block has `query` [tokens, width]; the path of the head has `weight` [classes,
+    features], with blocks * tokens * width features, or blocks * width if pooled.
+
+    Args:
+        where: a selector of blocks, by default all.
+        tokens: how many tokens ask each block.
+        pool: `"mean"` averages the answers of a block, `"none"` gives all of them to the head.
+        head: the path of the head; by default the last linear map behind the blocks.
+        heads: of the attentions; by default what these say.
+        bound: the tokens are drawn from U(-bound, bound).
+        name: the sub-tree.
+
+    Raises:
+        OptionError: an option is out of range; at `bind`, something chosen is no block, there is no head, or an
+            attention is not the plain one: softmax(q k^T / sqrt(d)) v between linear maps.
+        AddinError: in a call, if a block gets masks or positions, or the head acts on more than one vector a sample.
+
+    Example:
+        >>> import torch, peft_func as pf
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        >>> class Classifier(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder, self.head = torch.nn.TransformerEncoder(layer, 2), torch.nn.Linear(8, 3)
+        ...     def forward(self, x):
+        ...         return self.head(self.encoder(x)[:, 0])
+        >>> adapter = pf.bind(pf.vqt(tokens=2), pf.functionalize(Classifier()))
+        >>> _, trainable = adapter.init(0)
+        >>> {path: [list(leaf.shape) for leaf in leaves.values()] for path, leaves in trainable["vqt"].items()}
+        {'encoder.layers.0': [[2, 8]], 'encoder.layers.1': [[2, 8]], 'head': [[3, 32]]}
+    """
+    check_size(name, "tokens", tokens, optional=False)
+    check_size(name, "heads", heads)
+    check_choice(name, "pool", pool, ("none", "mean"))
+    options: dict[str, Any] = {"tokens": tokens, "pool": pool, "head": head, "heads": heads, "bound": bound}
+
+    def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
+        known = blocks_at(model, paths)
+        for path in paths:
+            if path not in known:
+                raise OptionError(f"{name}: {path!r} is no block of a transformer; select among pf.blocks()")
+        plain = {path: _plain(model, block, heads, name) for path, block in known.items()}
+        top = structure_of(model).head if head is None else head
+        if top is None:
+            raise OptionError(f"{name}: {model!r} has no linear map behind its blocks; give head=..., its path")
+        classes = _classes(model, top, name)
+        features = sum(block.width * (1 if pool == "mean" else tokens) for block in known.values())
+
+        def draw(weights: Weights, key: int) -> Tree:
+            tree: Tree = {}
+            for path, block in known.items():
+                like = place_at(model, path).like
+                tree[path] = {"query": uniform((tokens, block.width), bound, split(split(key, path), "query"), like)}
+            zero = uniform((classes, features), 0.0, 0, place_at(model, top).like)
+            return tree | {top: {"weight": torch.zeros_like(zero)}}
+
+        def arounds(tree: Tree) -> Iterable[Around]:
+            for path, block in known.items():
+                yield Around(block.attention, functools.partial(answer, name, path, plain[path]), {}, name)
+                yield Around(path, functools.partial(ask, name, path, pool), tree[path], name)
+            yield Around(top, functools.partial(tell, name, tuple(known)), tree[top], name)
+
+        model.hosts.add([*(block.attention for block in known.values()), top])
+        return Transform(draw, nothing, options=options | {"head": top}, arounds=arounds)
+
+    return Part(blocks() if where is None else where, make, check_name(name), "vqt", options, modules=True)
+
+
+def ask(name: str, block: str, pool: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    """Run a block as it is, and once more on the tokens that ask; keep what they are told."""
+    x = main_argument(args, kwargs)
+    check_alone(x, inner, args, kwargs)
+    output = inner(*args, **kwargs)
+    asking = tree["query"].to(x.dtype).expand(*x.shape[:-2], -1, -1)
+    args, kwargs = with_main_argument(args, kwargs, asking)
+    inner.notes[name, block, "asks"] = True
+    answers = main(inner(*args, **kwargs))
+    inner.notes[name, block, "asks"] = False
+    told = answers.mean(-2) if pool == "mean" else answers.flatten(-2)
+    inner.notes[name, block, "answers"] = told, torch.is_grad_enabled()
+    return output
+
+
+def answer(name: str, block: str, heads: int | None, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    """Run an attention; when tokens ask, over the keys and values of the tokens that were there before."""
+    x = main_argument(args, kwargs)
+    if not inner.notes.get((name, block, "asks")):
+        output = inner(*args, **kwargs)
+        inner.notes[name, block, "sees"] = x, output
+        return output
+    seen, output = inner.notes[name, block, "sees"]
+    if heads is None:  # torch's own takes queries, keys and values
+        return inner(x, seen, seen, need_weights=False)
+    return with_main(output, _attend(inner.module, heads, x, seen))
+
+
+def tell(name: str, known: tuple[str, ...], tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    """Run the head, and add what its own part makes of the answers."""
+    output = inner(*args, **kwargs)
+    logits = main(output)
+    told = torch.cat([noted((name, block, "answers"), inner) for block in known], -1)
+    if logits.shape[:-1] != told.shape[:-1]:
+        raise AddinError(
+            f"{name}: the head {inner.path!r} gives {tuple(logits.shape)}, and the answers are {tuple(told.shape)}; it "
+            "must act on one vector for each sample"
+        )
+    return with_main(output, logits + F.linear(told, tree["weight"].to(told.dtype)))
+
+
+def _attend(module: nn.Module, heads: int, asking: Tensor, seen: Tensor) -> Tensor:
+    names = projections_of(module)
+    if len(names) == 1:
+        project = module.get_submodule(names[0])
+        query = project(asking).chunk(3, -1)[0]
+        _, key, value = project(seen).chunk(3, -1)
+    else:
+        q, k, v = (module.get_submodule(name) for name in names)
+        query, key, value = q(asking), k(seen), v(seen)
+    size = query.shape[-1] // heads
+    query, key, value = (tensor.unflatten(-1, (-1, size)).transpose(-2, -3) for tensor in (query, key, value))
+    if key.shape[-3] != heads:
+        key, value = (tensor.repeat_interleave(heads // key.shape[-3], -3) for tensor in (key, value))
+    attended = F.scaled_dot_product_attention(query, key, value)
+    output = attended.transpose(-2, -3).flatten(-2)
+    for last in _outputs(module):
+        output = module.get_submodule(last)(output)
+    return output
+
+
+def _outputs(module: nn.Module) -> list[str]:
+    projections = projections_of(module)
+    return [name for name, child in module.named_children() if name not in projections and linear_widths(child)]
+
+
+def _plain(model: FunctionalModel, block: Block, heads: int | None, name: str) -> int | None:
+    """Return the number of heads of a plain attention; None for torch's own, which knows it.
+
+    Raises:
+        OptionError: it is another attention, or the number is unknown.
+    """
+    if len(block.attentions) != 1 or not block.batch_first:
+        raise OptionError(f"{name}: {block.path!r} has several attentions, or the batch on its second axis")
+    module = model._skeleton.root.get_submodule(block.attention)
+    if isinstance(module, nn.MultiheadAttention):
+        return None
+    linear = {*projections_of(module), *_outputs(module)}
+    odd = [child for child, part in module.named_children() if child not in linear and list(part.parameters())]
+    odd += [key for key, own in module.named_parameters(recurse=False)]
+    if odd or len(_outputs(module)) > 1:
+        raise OptionError(
+            f"{name}: the attention {block.attention!r} has more than projections and an output "
+            f"({', '.join(odd or _outputs(module))}), and {name} knows the plain one only"
+        )
+    if heads is not None:
+        return heads
+    found = [value for key, value in vars(module).items() if _HEADS.fullmatch(key) and isinstance(value, int)]
+    if not found:
+        raise OptionError(f"{name}: {block.attention!r} does not say how many heads it has; give heads=...")
+    return found[0]
+
+
+def _classes(model: FunctionalModel, path: str, name: str) -> int:
+    known = dict(model._skeleton.root.named_modules())
+    found = linear_widths(known[path]) if path in known else None
+    if found is None:
+        raise OptionError(f"{name}: head={path!r} is not the path of a linear map")
+    return found[1]

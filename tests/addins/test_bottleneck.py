@@ -1,0 +1,382 @@
+"""Bottlenecks against plain PyTorch, written anew, in real transformers; their options; bad input."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import peft_func as pf
+from tests.laws.conformance import close, perturbed
+from tests.zoo import ZOO, ids, randn, seeded
+
+ACT = {"relu": nn.ReLU(), "gelu": nn.GELU(), "tanh": nn.Tanh(), "silu": nn.SiLU(), "mish": nn.Mish()}
+
+
+class Plain(nn.Module):
+    """The adapter of the papers as a module: what it adds, without its skip."""
+
+    def __init__(self, leaves, act="relu", scale=1.0, norm=None):
+        super().__init__()
+        self.down, self.up = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.down.weight, self.down.bias = nn.Parameter(leaves["down"]), nn.Parameter(leaves["down_bias"])
+        self.up.weight, self.up.bias = nn.Parameter(leaves["up"]), nn.Parameter(leaves["up_bias"])
+        self.act, self.where = ACT[act], norm
+        self.scale = nn.Parameter(leaves["scale"]) if "scale" in leaves else scale
+        if norm:
+            self.norm = nn.LayerNorm(len(leaves["norm"])).double()
+            self.norm.weight, self.norm.bias = nn.Parameter(leaves["norm"]), nn.Parameter(leaves["norm_bias"])
+
+    def forward(self, h):
+        h = self.norm(h) if self.where == "in" else h
+        h = self.up(self.act(self.down(h)))
+        return self.scale * (self.norm(h) if self.where == "out" else h)
+
+    def grads(self):
+        found = {"down": self.down.weight, "down_bias": self.down.bias, "up": self.up.weight, "up_bias": self.up.bias}
+        if isinstance(self.scale, nn.Parameter):
+            found["scale"] = self.scale
+        if self.where:
+            found |= {"norm": self.norm.weight, "norm_bias": self.norm.bias}
+        return {leaf: tensor.grad for leaf, tensor in found.items()}
+
+
+class Behind(nn.Module):
+    """A module, and an adapter behind it that adds to its first output."""
+
+    def __init__(self, module, plain):
+        super().__init__()
+        self.module, self.plain = module, plain
+
+    def forward(self, *args, **kwargs):
+        y = self.module(*args, **kwargs)
+        return (y[0] + self.plain(y[0]), *y[1:]) if isinstance(y, tuple) else y + self.plain(y)
+
+
+class Beside(Behind):
+    """A module, and an adapter on what it gets."""
+
+    def forward(self, x, *args, **kwargs):
+        return self.module(x, *args, **kwargs) + self.plain(x)
+
+
+class HoulsbyOutput(nn.Module):
+    """BERT's `output` with `output_adapter` of Houlsby et al.: between the dropout and the sum."""
+
+    def __init__(self, module, plain):
+        super().__init__()
+        self.module, self.plain = module, plain
+
+    def forward(self, hidden, skip):
+        hidden = self.module.dropout(self.module.dense(hidden))
+        hidden = hidden + self.plain(hidden)
+        return self.module.LayerNorm(hidden + skip)
+
+
+class PfeifferOutput(HoulsbyOutput):
+    """BERT's `output` with the adapter of Pfeiffer et al.: it gets the norm of the sum, and skips from before it."""
+
+    def forward(self, hidden, skip):
+        hidden = self.module.dropout(self.module.dense(hidden))
+        down_input = self.module.LayerNorm(hidden + skip)
+        hidden = self.plain(down_input) + hidden
+        return self.module.LayerNorm(hidden + skip)
+
+
+def put(net, path, wrap, plain):
+    holder, _, name = path.rpartition(".")
+    setattr(net.get_submodule(holder), name, wrap(net.get_submodule(path), plain))
+
+
+HF = "bert.encoder.layer.{}.", "transformer.h.{}.", "model.layers.{}.", "vit.layers.{}."
+BERT, GPT2, LLAMA, VIT = ([prefix.format(i) for i in range(2)] for prefix in HF)
+# For each: animal, method, and pairs of a place of ours and how a plain net gets an adapter where the authors have it.
+PLACES = {
+    "houlsby bert": ("bert", pf.houlsby, [
+        pair for at in BERT for pair in (
+            (f"{at}attention.output.dense", f"{at}attention.output", HoulsbyOutput),
+            (f"{at}output.dense", f"{at}output", HoulsbyOutput),
+        )
+    ]),
+    "pfeiffer bert": ("bert", pf.pfeiffer, [(f"{at}output.LayerNorm", f"{at}output", PfeifferOutput) for at in BERT]),
+    "houlsby gpt2": ("gpt2", pf.houlsby, [
+        pair for at in GPT2
+        for pair in ((f"{at}attn.c_proj", f"{at}attn", Behind), (f"{at}mlp.c_proj", f"{at}mlp", Behind))
+    ]),
+    "pfeiffer gpt2": ("gpt2", pf.pfeiffer, [(at[:-1], at[:-1], Behind) for at in GPT2]),
+    "houlsby llama": ("llama", pf.houlsby, [
+        pair for at in LLAMA
+        for pair in ((f"{at}self_attn.o_proj", f"{at}self_attn", Behind), (f"{at}mlp.down_proj", f"{at}mlp", Behind))
+    ]),
+    "pfeiffer llama": ("llama", pf.pfeiffer, [(at[:-1], at[:-1], Behind) for at in LLAMA]),
+    "houlsby vit": ("vit", pf.houlsby, [
+        pair for at in VIT
+        for pair in ((f"{at}attention.o_proj", f"{at}attention", Behind), (f"{at}mlp.fc2", f"{at}mlp", Behind))
+    ]),
+    "pfeiffer vit": ("vit", pf.pfeiffer, [(at[:-1], at[:-1], Behind) for at in VIT]),
+    "parallel llama": (
+        "llama", functools.partial(pf.bottleneck, pf.mlps(), form="parallel"),
+        [(f"{at}mlp", f"{at}mlp", Beside) for at in LLAMA],
+    ),
+    "parallel gpt2": (
+        "gpt2", functools.partial(pf.bottleneck, pf.mlps(), form="parallel"),
+        [(f"{at}mlp", f"{at}mlp", Beside) for at in GPT2],
+    ),
+}  # fmt: skip
+OPTIONS = [
+    {"rank": 3},
+    {"reduction": 4, "activation": "gelu", "scale": 4.0},
+    {"rank": 2, "activation": "tanh", "scale": "learned", "layer_norm": "in"},
+    {"rank": 2, "activation": "silu", "layer_norm": "out", "scale": 0.5},
+]
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_values_and_gradients_are_those_of_the_papers(name, number):
+    animal, method, places = PLACES[name]
+    options = OPTIONS[number]
+    net = ZOO[animal].build()
+    adapter = pf.bind(method(**options, name="own"), pf.functionalize(net))
+    frozen, tree = adapter.init(number)
+    assert list(tree["own"]) == [place for place, *_ in places]
+    leaves = pf.map_leaves(lambda t: t.requires_grad_(), perturbed(tree, 3, 0.5))
+    plain = copy.deepcopy(net)
+    adapters = {}
+    scale = options.get("scale", 1.0)
+    for place, path, wrap in places:
+        own = {leaf: tensor.detach().clone() for leaf, tensor in leaves["own"][place].items()}
+        adapters[place] = Plain(own, options.get("activation", "relu"), scale, options.get("layer_norm"))
+        put(plain, path, wrap, adapters[place])
+    args, kwargs = ZOO[animal].inputs(5)
+    ours = ZOO[animal].output(adapter.model(adapter.apply(frozen, leaves), *args, **kwargs))
+    theirs = ZOO[animal].output(plain(*args, **kwargs))
+    assert close(ours, theirs, 1e-12)
+    assert not close(ours, ZOO[animal].output(net(*args, **kwargs)), 1e-3)
+    (ours * ours.cos()).sum().backward()
+    (theirs * theirs.cos()).sum().backward()
+    for place, own in leaves["own"].items():
+        assert close({leaf: tensor.grad for leaf, tensor in own.items()}, adapters[place].grads(), 1e-9)
+
+
+class PostNorm(nn.Module):
+    """DistilBERT's block, which ends with a norm, with an adapter of Pfeiffer's."""
+
+    def __init__(self, block, plain):
+        super().__init__()
+        self.block, self.plain = block, plain
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.block.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        middle = self.block.sa_layer_norm(attended + hidden_states)
+        z = self.block.ffn(middle)
+        normed = self.block.output_layer_norm(z + middle)
+        return self.block.output_layer_norm(self.plain(normed) + z + middle)
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(
+        vocab_size=32, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=16, dropout=0.0,
+        attention_dropout=0.0,
+    )  # fmt: skip
+    return transformers.DistilBertModel(config)
+
+
+def test_pfeiffer_is_told_that_blocks_end_with_a_norm():
+    net = seeded(distilbert)()
+    adapter = pf.bind(pf.pfeiffer(post_norm=True, rank=2), pf.functionalize(net))
+    frozen, tree = adapter.init(0)
+    tree = perturbed(tree, 1, 0.5)
+    assert list(tree["pfeiffer"]) == ["transformer.layer.0.output_layer_norm"]
+    plain = copy.deepcopy(net)
+    put(plain, "transformer.layer.0", PostNorm, Plain(next(iter(tree["pfeiffer"].values()))))
+    x = ids(2, 5, high=32)
+    ours = adapter.model(adapter.apply(frozen, tree), x).last_hidden_state
+    assert close(ours, plain(x).last_hidden_state, 1e-12)
+
+
+def encoder(norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
+    return lambda: nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_torch_encoder_layers(norm_first):
+    """In eval mode, too, where torch's layers would go their fast path."""
+    net = seeded(encoder(norm_first))()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.chain(pf.houlsby(rank=2), pf.pfeiffer(rank=2)), model)
+    frozen, tree = adapter.init(0)
+    tree = perturbed(tree, 1, 0.5)
+    ends = [f"layers.{i}.norm2" if not norm_first else f"layers.{i}" for i in range(2)]
+    assert list(tree["pfeiffer"]) == ends
+    d = {path: Plain(leaves) for path, leaves in (tree["houlsby"] | tree["pfeiffer"]).items()}
+    x = h = randn(2, 3, 8)
+    for i, block in enumerate(net.layers):
+        at = f"layers.{i}"
+        attend = lambda z, block=block: block.self_attn(z, z, z, need_weights=False)[0]
+        feed = lambda z, block=block: block.linear2(F.relu(block.linear1(z)))
+        behind = lambda z, path: z + d[path](z)
+        if norm_first:
+            h = h + behind(attend(block.norm1(h)), f"{at}.self_attn")
+            h = h + behind(feed(block.norm2(h)), f"{at}.linear2")
+            h = behind(h, at)
+        else:
+            h = block.norm1(h + behind(attend(h), f"{at}.self_attn"))
+            z = h + behind(feed(h), f"{at}.linear2")
+            h = block.norm2(z + d[f"{at}.norm2"](block.norm2(z)))
+    assert close(model(adapter.apply(frozen, tree), x), h, 1e-12)
+
+
+def test_places_in_an_encoder_with_a_decoder():
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    model = pf.functionalize(seeded(lambda: transformers.T5Model(config))())
+    adapter = pf.bind(pf.chain(pf.houlsby(rank=2), pf.pfeiffer(rank=2)), model)
+    ends = "layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.2.DenseReluDense.wo"
+    assert adapter.parts[0].modules == (
+        "encoder.block.0.layer.0.SelfAttention.o",
+        "encoder.block.0.layer.1.DenseReluDense.wo",
+        *(f"decoder.block.0.{end}" for end in ends),
+    )
+    assert adapter.parts[1].modules == ("encoder.block.0", "decoder.block.0")
+    frozen, tree = adapter.init(0)
+    x = ids(2, 5, high=32)
+    call = lambda weights: model(weights, input_ids=x, decoder_input_ids=x).last_hidden_state
+    assert close(call(adapter.apply(frozen, tree)), call(model.params), 1e-12)
+    assert not close(call(adapter.apply(frozen, perturbed(tree, 1))), call(model.params), 1e-3)
+
+
+def test_blocks_of_several_widths():
+    config = transformers.SwinConfig(
+        image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+    )
+    model = pf.functionalize(seeded(lambda: transformers.SwinModel(config))())
+    adapter = pf.bind(pf.pfeiffer(rank=2), model)
+    frozen, tree = adapter.init(0)
+    assert [list(own["down"].shape) for own in tree["pfeiffer"].values()] == [[2, 8], [2, 16]]
+    assert model(adapter.apply(frozen, tree), randn(1, 3, 8, 8)).last_hidden_state.shape == (1, 4, 16)
+
+
+def test_a_parallel_adapter_of_two_widths_and_one_in_a_tuple():
+    net = nn.Linear(6, 3).double()
+    adapter = pf.bind(pf.bottleneck("", form="parallel", rank=2, activation="mish"), pf.functionalize(net))
+    tree = perturbed(adapter.init(0)[1], 1, 0.5)
+    x = randn(4, 6)
+    plain = Plain(tree["bottleneck"][""], "mish")
+    assert close(adapter.model(adapter.apply(adapter.frozen, tree), x), net(x) + plain(x), 1e-12)
+
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    adapter = pf.bind(pf.bottleneck("", rank=2), pf.functionalize(attention))
+    tree = perturbed(adapter.init(0)[1], 1, 0.5)
+    x = randn(2, 3, 8)
+    y, weights = attention(x, x, x)
+    ours, own_weights = adapter.model(adapter.apply(adapter.frozen, tree), x, x, x)
+    assert close(ours, y + Plain(tree["bottleneck"][""])(y), 1e-12)
+    assert close(own_weights, weights, 1e-12)
+
+
+def test_dropout_is_for_training_only():
+    net = nn.Sequential(nn.Linear(6, 6)).double()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.bottleneck("0", rank=4, dropout=0.5, activation="tanh"), model)
+    tree = perturbed(adapter.init(0)[1], 1, 0.5)
+    weights, x, own = adapter.apply(adapter.frozen, tree), randn(4, 6), tree["bottleneck"]["0"]
+    y = net(x)
+    assert close(model.eval()(weights, x), y + Plain(own, "tanh")(y), 1e-12)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ours = model.train()(weights, x)
+        torch.manual_seed(0)
+        hidden = F.dropout(torch.tanh(F.linear(y, own["down"], own["down_bias"])), 0.5)
+    assert close(ours, y + F.linear(hidden, own["up"], own["up_bias"]), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_float32_leaves(dtype):
+    model = pf.functionalize(nn.Linear(8, 8).to(dtype))
+    adapter = pf.bind(pf.bottleneck("", rank=2, scale="learned", layer_norm="in"), model)
+    frozen, tree = adapter.init(0)
+    assert {tensor.dtype for _, tensor in pf.leaves(tree)} == {torch.float32}
+    x = torch.ones(2, 8, dtype=dtype)
+    assert torch.equal(model(adapter.apply(frozen, tree), x), model(model.params, x))
+
+
+def test_first_values():
+    adapter = pf.bind(pf.bottleneck("", reduction=3, layer_norm="out"), pf.functionalize(nn.Linear(10, 64)))
+    leaves = adapter.init(0)[1]["bottleneck"][""]
+    assert leaves["down"].shape == (21, 64)
+    assert leaves["down"].abs().max() <= 1 / 8
+    assert leaves["down"].std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+    assert not any(leaves[leaf].any() for leaf in ("down_bias", "up", "up_bias", "norm_bias"))
+    small = pf.bind(pf.bottleneck("", reduction=16), pf.functionalize(nn.Linear(10, 4)))
+    assert small.init(0)[1]["bottleneck"][""]["down"].shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"form": "series"}, "form='series'"),
+        ({"activation": "swish"}, "activation='swish'"),
+        ({"scale": "learn"}, "scale='learn'"),
+        ({"scale": float("nan")}, "finite"),
+        ({"reduction": 0}, "reduction=0"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": True}, "rank=True"),
+        ({"rank": 2.0}, "rank=2.0"),
+        ({"layer_norm": True}, "layer_norm=True"),
+        ({"dropout": 1.0}, "probability"),
+        ({"width": -4}, "width=-4"),
+        ({"name": "a.b"}, "without dots"),
+    ],
+)
+def test_options_out_of_range(options, found):
+    with pytest.raises(pf.OptionError, match=found):
+        pf.bottleneck("0", **options)
+    if "form" not in options:
+        with pytest.raises(pf.OptionError, match=found):
+            pf.houlsby(**options)
+        with pytest.raises(pf.OptionError, match=found):
+            pf.pfeiffer(**options)
+
+
+def test_presets_refuse_what_they_cannot_do():
+    plain = pf.functionalize(nn.Sequential(nn.Linear(4, 4)))
+    for preset in (pf.houlsby, pf.pfeiffer):
+        with pytest.raises(pf.OptionError, match="knows its form"):
+            preset(form="parallel")
+        with pytest.raises(pf.SelectorError):
+            pf.bind(preset(), plain)
+        with pytest.raises(pf.SelectorError):
+            pf.bind(preset("nowhere"), pf.functionalize(ZOO["bert"].build()))
+    with pytest.raises(pf.OptionError, match="post_norm"):
+        pf.pfeiffer(post_norm="yes")
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    experts = pf.functionalize(seeded(lambda: transformers.MixtralModel(config))())
+    with pytest.raises(pf.SelectorError, match="no feed-forward part"):
+        pf.bind(pf.houlsby(), experts)
+    adapter = pf.bind(pf.pfeiffer(rank=2), experts)
+    assert adapter.init(0)[1]["pfeiffer"]["layers.0"]["down"].shape == (2, 16)
+    narrowed = pf.bind(pf.houlsby(pf.index(1), rank=2), pf.functionalize(ZOO["llama"].build()))
+    assert narrowed.parts[0].modules == ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
+
+
+def test_a_width_that_no_weight_tells():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Conv1d(4, 4, 1), nn.Embedding(3, 5)).double()
+    model = pf.functionalize(net)
+    with pytest.raises(pf.OptionError, match=r"'1' \(Tanh\).*width="):
+        pf.bind(pf.bottleneck("1"), model)
+    with pytest.raises(pf.OptionError, match="not on the last axis"):
+        pf.bind(pf.bottleneck("2"), model)
+    assert pf.bind(pf.bottleneck("3", rank=2), model).init(0)[1]["bottleneck"]["3"]["down"].shape == (2, 5)
+    model = pf.functionalize(nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double())
+    adapter = pf.bind(pf.bottleneck("1", width=4, rank=2), model)
+    assert model(adapter.apply(*adapter.init(0)), randn(2, 4)).shape == (2, 4)
+    wrong = pf.bind(pf.bottleneck("1", width=3, rank=2), model)
+    with pytest.raises(pf.AddinError, match=r"'1'.*4 features.*width=4"):
+        model(wrong.apply(*wrong.init(0)), randn(2, 4))
