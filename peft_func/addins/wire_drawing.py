@@ -17,6 +17,7 @@ from typing import TypeAlias
 from peft_func.addins.wire_parser import Header, Module, Path, copies, header, module
 from peft_func.addins.wire_reader import Reader
 from peft_func.addins.wiring import End, Keys, Spot, Wire, checked
+from peft_func.errors import OptionError
 
 REACH = 5
 
@@ -66,6 +67,8 @@ def parse_drawing(text: str, names: Collection[str]) -> tuple[Wire, ...]:
             if isinstance(element, Header):
                 left, right = (row[i - 1] if i else None), (row[i + 1] if i + 1 < len(row) else None)
                 wires += _wires(element, _plan(element, left, right, rows), plain)
+    if not wires:
+        raise OptionError(f"wire: the drawing has none of the add-ins {', '.join(names)} in it, as in ({next(iter(names), 'A')}.f)")
     return tuple(wires)
 
 

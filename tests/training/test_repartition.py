@@ -268,3 +268,39 @@ def test_a_state_of_another_tree_is_refused(kind):
         pf.repartition({}, TREE, "d", torchopt.sgd(0.1, momentum=0.9).init(TREE), optimizer=optimizer)
     with pytest.raises(pf.TreeError):  # other shapes
         pf.repartition({}, TREE, "d", optimizer.init({**TREE, "d": torch.ones(7)}), optimizer=optimizer)
+
+
+class Counting:
+    """Momentum in a tree, and one count for all leaves."""
+
+    def init(self, params):
+        return {"m": pf.map_leaves(torch.zeros_like, params), "count": torch.tensor(0)}
+
+    def update(self, updates, state, *, params):
+        raise NotImplementedError
+
+
+def test_what_all_leaves_share_goes_on():
+    counting = Counting()
+    state = {**counting.init(TREE), "count": torch.tensor(7)}
+    frozen, trainable, new = pf.repartition({}, TREE, "d|a.y", state, optimizer=counting)
+    assert new["count"] is state["count"]
+    again = pf.repartition(frozen, trainable, ".*", new, optimizer=counting)[2]
+    assert again["count"] is state["count"]
+    assert again["m"]["d"] is state["m"]["d"]
+    assert again["m"]["c"]["k"] is not state["m"]["c"]["k"]
+
+
+def test_each_phase_may_have_groups_of_its_own():
+    def adam(*groups):
+        return pf.optimizer(torch.optim.Adam, lr=0.1, groups=list(groups))
+
+    first, then = adam(("a.*", {"lr": 1.0})), adam(("a.*", {"lr": 1.0}), ("d", {"lr": 2.0}))
+    frozen, trainable, state = pf.repartition(TREE, {}, "a.*", optimizer=first)
+    trainable, state = first.step(trainable, state, trainable)
+    frozen, trainable, new = pf.repartition(frozen, trainable, ".*", state, optimizer=then)
+    assert new["exp_avg"]["a"]["y"] is state["exp_avg"]["a"]["y"]
+    moved = then.step(trainable, new, trainable)[0]
+    assert float((trainable["d"] - moved["d"])[0]) == pytest.approx(2.0, rel=1e-5)
+    with pytest.raises(pf.SelectorError):  # a group of what does not train yet
+        pf.repartition(TREE, {}, "a.*", optimizer=then)
