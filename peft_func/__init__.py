@@ -25,6 +25,7 @@ from peft_func.addins.place import Place as Place
 from peft_func.addins.presets import full as full
 from peft_func.addins.presets import linear_probe as linear_probe
 from peft_func.addins.presets import partial as partial
+from peft_func.addins.prompts import prompt_tuning as prompt_tuning
 from peft_func.addins.reft import direft as direft
 from peft_func.addins.reft import loreft as loreft
 from peft_func.addins.reft import noreft as noreft

@@ -73,7 +73,7 @@ def bottleneck(
         where: a selector over modules. `pf.houlsby` and `pf.pfeiffer` know the places of the papers.
         form: `"sequential"`, `"parallel"` or `"norm"`: the equations of this file.
         reduction: the rank is `width / reduction`, rounded down, but at least 1.
-        rank: the width of the bottleneck itself; `reduction` does not count then.
+        rank: the width of the bottleneck itself, up to four times the features; `reduction` does not count then.
         activation: `"relu"`, `"gelu"` (exact), `"silu"`, `"tanh"`, `"sigmoid"`, `"leaky_relu"`, `"elu"`, `"mish"` or
             `"identity"`.
         scale: s, or `"learned"`: it starts at 1.
@@ -109,11 +109,10 @@ def bottleneck(
         "width": width,
     }
     acting = checked(name, options)
-    check_size(name, "rank", rank)
 
     def init(place: Place, key: int) -> Tree:
         inputs, outputs = ends(place, name, form, width)
-        r = rank or max(1, int(inputs / reduction))
+        r = rank_at(place, name, options, inputs, outputs)
         down = uniform((r, inputs), 1 / sqrt(inputs), split(key, "down"), place.like)
         zeros = functools.partial(torch.zeros, dtype=down.dtype, device=down.device)
         matrices = {"down": down, "down_bias": zeros(r), "up": zeros(outputs, r), "up_bias": zeros(outputs)}
@@ -124,7 +123,7 @@ def bottleneck(
 
 
 def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, among options, those that say how a bottleneck acts, checked.
+    """Check the options of a bottleneck, and return those that say how it acts.
 
     Raises:
         OptionError: one is out of range.
@@ -142,6 +141,7 @@ def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if check_number(name, "reduction", options["reduction"]) <= 0:
         raise OptionError(f"{name}: reduction={options['reduction']!r} is not above 0: the rank is width / reduction")
     check_size(name, "width", options["width"])
+    check_size(name, "rank", options["rank"])
     return {key: options[key] for key in ("activation", "scale", "layer_norm", "dropout")}
 
 
@@ -159,6 +159,22 @@ def ends(place: Place, name: str, form: str, width: int | None) -> tuple[int, in
     """Return the number of features that a change gets and gives at a place."""
     inputs, outputs = widths(place, name, width)
     return (inputs if form == "parallel" else outputs), (inputs if form == "norm" else outputs)
+
+
+def rank_at(place: Place, name: str, options: Mapping[str, Any], inputs: int, outputs: int, multiple: int = 1) -> int:
+    """Return the width of the bottleneck at a place, a multiple of a number where it follows from `reduction`.
+
+    Raises:
+        OptionError: it is more than four times the features, the width of a feed-forward part.
+    """
+    wanted = options["rank"] or inputs / options["reduction"]
+    highest = 4 * max(inputs, outputs)
+    if wanted > highest:
+        raise OptionError(
+            f"{name}: a rank of {wanted:.0f} at {place.path!r}, for {inputs} features; the highest is {highest}; "
+            "give rank= or reduction="
+        )
+    return int(wanted) if options["rank"] else max(multiple, int(wanted) // multiple * multiple)
 
 
 def extras(options: Mapping[str, Any], inputs: int, outputs: int, like: Tensor) -> Tree:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peft_func.addins.added import adding, check_features
-from peft_func.addins.bottleneck import bottleneck_change, check_size, checked, ends, extras
+from peft_func.addins.bottleneck import bottleneck_change, check_size, checked, ends, extras, rank_at
 from peft_func.addins.place import Place
 from peft_func.errors import OptionError
 from peft_func.functional.surround import Inner
@@ -96,12 +96,12 @@ def compacter(
     }
     acting = checked(name, options)
     check_flag(name, "share_rule", share_rule)
-    for option in ("n", "low_rank", "rank"):
-        check_size(name, option, options[option], optional=option != "n")
+    check_size(name, "n", n, optional=False)
+    check_size(name, "low_rank", low_rank)
 
     def init(place: Place, key: int) -> Tree:
         inputs, outputs = ends(place, name, form, width)
-        r = rank or max(n, int(inputs / reduction) // n * n)
+        r = rank_at(place, name, options, inputs, outputs, n)
         for what, size in (("features in", inputs), ("features out", outputs), ("features of the bottleneck", r)):
             if size % n:
                 raise OptionError(

@@ -74,10 +74,7 @@ def average(methods: Sequence[Method], *, weights: Sequence[float] | None = None
     """
     methods = _listed(name, methods)
     numbers = [1 / len(methods)] * len(methods) if weights is None else list(weights)
-    if len(numbers) != len(methods):
-        raise OptionError(f"{name}: {len(numbers)} weights for {len(methods)} adapters; give one for each")
-    numbers = [check_number(name, "weights", number) for number in numbers]
-    return Mixed((), None, methods, name, "average", {"weights": numbers})
+    return Mixed((), None, methods, name, "average", _average_options(name, len(methods), weights=numbers))
 
 
 def gated(methods: Sequence[Method], *, name: str = "gated") -> "Mixed":
@@ -132,9 +129,8 @@ def fusion(methods: Sequence[Method], *, dropout: float = 0.0, name: str = "fusi
         >>> model(adapter.apply(frozen, pf.combine(fused, training)), torch.ones(3, 8)).shape
         torch.Size([3, 8])
     """
-    if not 0.0 <= check_number(name, "dropout", dropout) < 1.0:
-        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
-    return Mixed((), None, _listed(name, methods), name, "fusion", {"dropout": dropout})
+    methods = _listed(name, methods)
+    return Mixed((), None, methods, name, "fusion", _fusion_options(name, len(methods), dropout=dropout))
 
 
 @dataclass(frozen=True)
@@ -184,6 +180,8 @@ def _one(name: str, method: object) -> Part:
 
 def _mixed(where: Where, parts: Sequence[Part], kind: str, name: str, options: Mapping[str, Any]) -> Part:
     """Make the part that mixes others."""
+    if not parts:
+        raise OptionError(f"{name} takes at least one add-in")
     names = [part.name for part in parts]
     for twice in (word for word in names if names.count(word) > 1 or word == kind):
         raise OptionError(f"{name}: an adapter needs another name than {twice!r}; give name='{twice}_2'")
@@ -287,10 +285,34 @@ MIXES: dict[str, tuple[Mix, Own]] = {
 }
 
 
+def _average_options(name: str, count: int, *, weights: Sequence[object]) -> dict[str, Any]:
+    if len(weights) != count:
+        raise OptionError(f"{name}: {len(weights)} weights for {count} adapters; give one for each")
+    return {"weights": [check_number(name, "weights", number) for number in weights]}
+
+
+def _gated_options(name: str, count: int) -> dict[str, Any]:
+    return {}
+
+
+def _fusion_options(name: str, count: int, *, dropout: object) -> dict[str, Any]:
+    p = check_number(name, "dropout", dropout)
+    if not 0.0 <= p < 1.0:
+        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
+    return {"dropout": p}
+
+
+OPTIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "average": _average_options,
+    "gated": _gated_options,
+    "fusion": _fusion_options,
+}
+
+
 def mixture_at(kind: str, where: Where, *, methods: Sequence[Mapping[str, Any]], name: str, **options: Any) -> Part:
     """Make a mixture again from what a file says of it."""
     parts = [MIXABLE[one["kind"]](where, **one["options"], name=one["name"]) for one in methods]
-    return _mixed(where, parts, kind, name, options)
+    return _mixed(where, parts, kind, name, OPTIONS[kind](name, len(parts), **options))
 
 
 MIXABLE: dict[str, Callable[..., Part]] = {

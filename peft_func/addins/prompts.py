@@ -112,10 +112,11 @@ def prompt_tuning(
         names = parameters_of(model._skeleton.root.get_submodule(at))
         # An encoder keeps the prompts: its decoder attends to them, and its mask has to say so.
         keeps = keep or root is not None
-        entering = functools.partial(prompted, name, place.path, at, names, tokens, after, keeps)
+        lookup = _inside(place.path, at, model, name)
+        entering = functools.partial(prompted, name, lookup, names, tokens, after, keeps)
         outer = [] if root is None else [functools.partial(longer_mask, name, root, tokens, after)]
         own = parameters_of(model._skeleton.root)
-        if root is None and keep and at:
+        if root is None and keep:
             outer = [functools.partial(longer_labels, own, tokens, after)]
         model.hosts.add([at, ""] if outer else [at])
 
@@ -171,6 +172,16 @@ def _entrance(place: Place, model: FunctionalModel, name: str) -> tuple[str, tup
     )
 
 
+def _inside(path: str, at: str, model: FunctionalModel, name: str) -> str:
+    """Return the path, within the module `at`, of the embedding or of one that is tied to it."""
+    own = f"{path}.weight".lstrip(".")
+    own = model.ties.get(own, own)
+    for weight in (own, *model.infos[own].aliases):
+        if weight.startswith(f"{at}." if at else ""):
+            return weight[len(at) + 1 if at else 0 :].removesuffix(".weight").removesuffix("weight")
+    raise OptionError(f"{name}: {at!r} takes the embeddings of {path!r}, but does not hold it")
+
+
 def _first_values(options: Mapping[str, Any], table: Tensor, key: int) -> dict[str, Tensor]:
     tokens, init, width = options["tokens"], options["init"], table.shape[1]
     if init == "normal":
@@ -206,14 +217,15 @@ def soft_prompt(tree: Mapping[str, Tensor]) -> Tensor:
 
 
 def prompted(
-    name: str, embedding: str, at: str, names: Sequence[str], tokens: int, after: int, keep: bool,
+    name: str, embedding: str, names: Sequence[str], tokens: int, after: int, keep: bool,
     tree: Tree, inner: Inner, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Run a backbone on a sequence with prompts in it."""
     given = by_name(names, args, kwargs)
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
-        raise AddinError(f"{name}: {at!r} gets {'both' if ids is not None else 'neither'} of input_ids, inputs_embeds")
+        found = "both" if ids is not None else "neither"
+        raise AddinError(f"{name}: {inner.path!r} gets {found} of input_ids and inputs_embeds; give one of them")
     count = (ids if ids is not None else embeds).shape[1]
     batch = (ids if ids is not None else embeds).shape[0]
     before = tokens_before(given)
@@ -236,7 +248,7 @@ def prompted(
     if given.get("token_type_ids") is not None:
         given["token_type_ids"] = _with(given["token_type_ids"], tokens, after, 0)
     if embeds is None:
-        embeds = inner.module.get_submodule(embedding[len(at) + 1 :] if at else embedding)(ids)
+        embeds = inner.module.get_submodule(embedding)(ids)
     prompt = soft_prompt(tree).to(embeds.dtype).expand(batch, -1, -1)
     output = inner(**{**given, "input_ids": None, "inputs_embeds": _joined(embeds, prompt, after, 1)})
     return output if keep else _without(output, count + tokens, tokens, after)

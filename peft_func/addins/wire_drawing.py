@@ -68,7 +68,9 @@ def parse_drawing(text: str, names: Collection[str]) -> tuple[Wire, ...]:
                 left, right = (row[i - 1] if i else None), (row[i + 1] if i + 1 < len(row) else None)
                 wires += _wires(element, _plan(element, left, right, rows), plain)
     if not wires:
-        raise OptionError(f"wire: the drawing has none of the add-ins {', '.join(names)} in it, as in ({next(iter(names), 'A')}.f)")
+        raise OptionError(
+            f"wire: the drawing has none of the add-ins {', '.join(names)} in it, as in ({next(iter(names), 'A')}.f)"
+        )
     return tuple(wires)
 
 

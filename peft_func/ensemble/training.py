@@ -155,7 +155,8 @@ def scale_members(tree: Mapping[str, Any], factors: Tensor) -> Tree:
 def hold_members(new: Mapping[str, Any], old: Mapping[str, Any], active: Tensor) -> Tree:
     """Take the new values of the members that are active, and keep the old ones of those that have stopped.
 
-    Works for stacked optimizer states as for parameters: a member that is held is bitwise unchanged.
+    Works for an optimizer's moments as for parameters: a member that is held is bitwise unchanged. What all members
+    share, such as a count of steps, has no members; leave it as it is new.
 
     Args:
         new: a stacked tree.

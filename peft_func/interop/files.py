@@ -15,6 +15,7 @@ from torch import Tensor
 from peft_func.addins.adaptformer import adaptformer
 from peft_func.addins.compose import MIXABLE
 from peft_func.addins.convpass import convpass
+from peft_func.addins.prompts import prompt_tuning
 from peft_func.addins.reft import direft, loreft, noreft
 from peft_func.addins.ssf import ssf
 from peft_func.addins.vpt import vpt
@@ -56,6 +57,7 @@ KINDS: dict[str, Callable[..., Part]] = {
     "loreft": loreft,
     "magnitude": magnitude,
     "noreft": noreft,
+    "prompt_tuning": prompt_tuning,
     "ssf": ssf,
     "svdiff": svdiff,
     "train": train,

@@ -223,9 +223,7 @@ def test_nothing_is_kept_between_calls():
     model(adapter.apply(frozen, trainable), randn(2, 3, SIZE, SIZE))
     assert made
     assert all(addin.inputs_cache is None for addin in made)
-    compiled = torch.compile(
-        lambda tree, x: model(adapter.apply(frozen, tree), x), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda tree, x: model(adapter.apply(frozen, tree), x), fullgraph=True, backend="aot_eager")
     x = randn(2, 3, SIZE, SIZE)
     assert torch.allclose(compiled(trainable, x), model(adapter.apply(frozen, trainable), x))
     assert all(addin.inputs_cache is None for addin in made)

@@ -15,7 +15,9 @@ class TestBottleneck(AddinLaws):
         "mlp": [
             pf.bottleneck(LINEAR, rank=2, activation="tanh", scale="learned"),
             pf.bottleneck(LINEAR, rank=2, activation="silu", form="parallel", scale=0.5, layer_norm="in"),
-            pf.chain(pf.bottleneck("0|2", reduction=4), pf.bottleneck("2", activation="elu", name="again", dropout=0.5)),
+            pf.chain(
+                pf.bottleneck("0|2", reduction=4), pf.bottleneck("2", activation="elu", name="again", dropout=0.5)
+            ),
         ],
         "bert": [pf.houlsby(rank=2), pf.pfeiffer(rank=2, activation="gelu", layer_norm="out")],
         "llama": [pf.houlsby(pf.index(0)), pf.bottleneck(pf.attentions(), form="parallel", rank=2)],
