@@ -12,7 +12,9 @@ PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")  # Lightning, of any module
+# Lightning's own, with any module:
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_order(page):
     names: dict[str, object] = {}

@@ -33,7 +33,7 @@ class MLP(nn.Module):
         x = self.fc2(x)
         x = nn.ReLU()(x)
         x = self.fc3(x)
-        return x
+        return x  # noqa: RET504 (as in the document)
 
 
 class MLPAddin(pf.AddinBase):
@@ -55,7 +55,7 @@ class MLPAddin(pf.AddinBase):
         out = self.fc1(identity)
         out = nn.ReLU()(out)
         out = self.fc2(out)
-        return out
+        return out  # noqa: RET504
 
     def adapt_input(self, module, inputs):
         x = inputs[0]
@@ -67,11 +67,11 @@ class MLPAddin(pf.AddinBase):
     def adapt_across_input(self, module, inputs):
         x = inputs[0]
         x = x + self.forward(self.inputs_cache)
-        return x
+        return x  # noqa: RET504
 
     def adapt_across_output(self, module, inputs, outputs):
         outputs = outputs + self.forward(self.inputs_cache)
-        return outputs
+        return outputs  # noqa: RET504
 
 
 CONFIG = types.SimpleNamespace(mlp_addin_output_size=HIDDEN)
@@ -249,9 +249,13 @@ def test_several_hooks_at_one_module_run_in_the_order_of_torch():
     a, b, c, d = trees.values()
     handles, kept, other = [], {}, {}
     for side, path, function, keep, p in [
-        ("pre", "fc2", insert_before, {}, a), ("post", "fc1", keep_output, kept, b), ("pre", "fc2", add_before, kept, b),
-        ("post", "fc2", insert_after, {}, c), ("pre", "fc2", keep_input, other, d), ("post", "fc2", add_after, other, d),
-    ]:  # fmt: skip
+        ("pre", "fc2", insert_before, {}, a),
+        ("post", "fc1", keep_output, kept, b),
+        ("pre", "fc2", add_before, kept, b),
+        ("post", "fc2", insert_after, {}, c),
+        ("pre", "fc2", keep_input, other, d),
+        ("post", "fc2", add_after, other, d),
+    ]:
         module = net.get_submodule(path)
         register = module.register_forward_pre_hook if side == "pre" else module.register_forward_hook
         handles.append(register(functools.partial(function, keep, p)))
