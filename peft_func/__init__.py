@@ -2,6 +2,7 @@
 
 from peft_func.addins.across import across as across
 from peft_func.addins.adaptformer import adaptformer as adaptformer
+from peft_func.addins.adaption_prompt import adaption_prompt as adaption_prompt
 from peft_func.addins.around import after as after
 from peft_func.addins.around import around as around
 from peft_func.addins.around import before as before
@@ -17,11 +18,13 @@ from peft_func.addins.houlsby import pfeiffer as pfeiffer
 from peft_func.addins.houlsby import projections as projections
 from peft_func.addins.modules import Built as Built
 from peft_func.addins.modules import built as built
+from peft_func.addins.parallel import parallel_adapter as parallel_adapter
 from peft_func.addins.parts import attentions as attentions
 from peft_func.addins.parts import blocks as blocks
 from peft_func.addins.parts import head as head
 from peft_func.addins.parts import mlps as mlps
 from peft_func.addins.place import Place as Place
+from peft_func.addins.prefix import prefix_tuning as prefix_tuning
 from peft_func.addins.presets import full as full
 from peft_func.addins.presets import linear_probe as linear_probe
 from peft_func.addins.presets import partial as partial

@@ -99,3 +99,10 @@ def check_features(h: Tensor, width: int, inner: Inner) -> None:
             f"at {inner.path!r} an activation has {h.shape[-1]} features, and the add-in was made for {width}; "
             f"give width={h.shape[-1]}"
         )
+
+
+def change_of(around: Around) -> Change:
+    """Return the change in an around that `adding` made."""
+    assert isinstance(around.function, functools.partial)
+    change: Change = around.function.args[1]
+    return change

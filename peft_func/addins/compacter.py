@@ -28,6 +28,9 @@ from peft_func.trees.keys import normal, split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
 
+HIGHEST = 64
+"""The largest n; the paper has up to 12."""
+
 
 def compacter(
     where: Where,
@@ -55,7 +58,8 @@ def compacter(
 
     Args:
         where: a selector over modules; `pf.houlsby` and `pf.pfeiffer` know the places of the papers.
-        n: the number of Kronecker products, and the size of A_i; it divides the numbers of features and the rank.
+        n: the number of Kronecker products, and the size of A_i, 64 at most; it divides the numbers of features and the
+            rank.
         low_rank: the rank of B_i; None for full ones.
         share_rule: one rule for all places.
         form: as in `pf.bottleneck`.
@@ -98,6 +102,8 @@ def compacter(
     check_flag(name, "share_rule", share_rule)
     check_size(name, "n", n, optional=False)
     check_size(name, "low_rank", low_rank)
+    if n > HIGHEST:
+        raise OptionError(f"{name}: n={n}; the rule has n^3 values, and n is {HIGHEST} at most")
 
     def init(place: Place, key: int) -> Tree:
         inputs, outputs = ends(place, name, form, width)
@@ -107,6 +113,12 @@ def compacter(
                 raise OptionError(
                     f"{name}: n={n} does not divide the {size} {what} at {place.path!r}; choose another n"
                 )
+        if low_rank is not None and low_rank > min(inputs, outputs, r) // n:
+            highest = min(inputs, outputs, r) // n
+            raise OptionError(
+                f"{name}: low_rank={low_rank} at {place.path!r}, where the B_i of a matrix have a rank of {highest} at "
+                "most; give that, or low_rank=None"
+            )
         rules = {} if share_rule else {f"{end}_rule": _rule(n, split(key, f"{end}_rule"), place.like) for end in ENDS}
         tree = rules | _blocks("down", n, low_rank, inputs, r, key, place.like)
         tree |= _blocks("up", n, low_rank, r, outputs, key, place.like)

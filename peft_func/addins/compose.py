@@ -12,48 +12,44 @@ N(0, 0.02^2), and the skip around the adapters is added to what V gives.
 
 The other blocks of compositions need nothing of their own:
 
-    Stack(a, b)                 pf.chain(a, b): b is around what a made of the module
+    Stack(a, b)                 pf.chain(a, b), of the form "sequential": b gets what a made of the output
     Parallel(a, b)              pf.ensemble(adapter)(frozen, pf.stack([tree_a, tree_b]), x): one output for each
-    BatchSplit, Split(a, b)     pf.route(adapter, frozen, pf.stack([tree_a, tree_b]), index): each sample its own
+    BatchSplit(a, b)            pf.route(adapter, frozen, pf.stack([tree_a, tree_b]), index): each sample its own
+
+(Of the form "norm" a later adapter is around the earlier: N_a(z + d_b(N_a(z))), where N_a(z) = N(z + d_a(N(z))); the
+library's stack has N(z + u + d_b(N(z + u))), where u = d_a(N(z)).)
 """
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peft_func.addins.added import Change, adds
+from peft_func.addins.added import Change, adds, change_of
 from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import bottleneck, ends
 from peft_func.addins.compacter import compacter
+from peft_func.addins.mixes import MIXES, Add, average_options, fusion_options
 from peft_func.addins.place import place_at
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.surround import Inner
-from peft_func.transforms.options import check_number
 from peft_func.transforms.transform import Chain, Deferred, Method, Part, Transform, chain, check_name, expanded
-from peft_func.trees.keys import normal, split
+from peft_func.trees.keys import split
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where, exact
 from peft_func.weights.around import Around
 from peft_func.weights.mapping import Weights
-
-Mix: TypeAlias = Callable[[Mapping[str, Any], Tree, Tensor, Tensor, Inner], Tensor]
-"""Makes one of what several adapters add: `(options, own tree, h, added [..., adapters, out], inner) -> [..., out]`."""
-
-Own: TypeAlias = Callable[[int, int, int, int, Tensor], Tree]
-"""The first values of what mixes, at one place: `(adapters, in, out, key, like) -> tree`."""
 
 
 def average(methods: Sequence[Method], *, weights: Sequence[float] | None = None, name: str = "average") -> "Mixed":
     """Add a weighted sum of what several adapters add, at each place.
 
     The tree has one sub-tree for each adapter, under its name. For weights that sum to 1 this is the average of the
-    adapters' outputs.
+    adapters' outputs. (The `adapters` library, in 1.2, divides it by the number of adapters once more.)
 
     Args:
         methods: add-ins that add to what modules give (`pf.bottleneck`, `pf.compacter`, `pf.houlsby`, `pf.pfeiffer`,
@@ -74,7 +70,7 @@ def average(methods: Sequence[Method], *, weights: Sequence[float] | None = None
     """
     methods = _listed(name, methods)
     numbers = [1 / len(methods)] * len(methods) if weights is None else list(weights)
-    return Mixed((), None, methods, name, "average", _average_options(name, len(methods), weights=numbers))
+    return Mixed((), None, methods, name, "average", average_options(name, len(methods), weights=numbers))
 
 
 def gated(methods: Sequence[Method], *, name: str = "gated") -> "Mixed":
@@ -130,7 +126,7 @@ def fusion(methods: Sequence[Method], *, dropout: float = 0.0, name: str = "fusi
         torch.Size([3, 8])
     """
     methods = _listed(name, methods)
-    return Mixed((), None, methods, name, "fusion", _fusion_options(name, len(methods), dropout=dropout))
+    return Mixed((), None, methods, name, "fusion", fusion_options(name, len(methods), dropout=dropout))
 
 
 @dataclass(frozen=True)
@@ -188,7 +184,7 @@ def _mixed(where: Where, parts: Sequence[Part], kind: str, name: str, options: M
     forms = sorted({_form(part.options or {}) for part in parts})
     if len(forms) > 1:
         raise OptionError(f"{name}: the adapters are of the forms {', '.join(forms)}; give all the same form")
-    mix, own = MIXES[kind]
+    mix = MIXES[kind]
     described = [{"kind": part.kind, "name": part.name, "options": part.options} for part in parts]
     width = next((part.options["width"] for part in parts if part.options and part.options.get("width")), None)
 
@@ -199,7 +195,7 @@ def _mixed(where: Where, parts: Sequence[Part], kind: str, name: str, options: M
         def draw(weights: Weights, key: int) -> Tree:
             trees = {one: dict(transform.init(weights, split(key, one))) for one, transform in made.items()}
             mixing = {
-                place.path: own(len(parts), *ends(place, name, forms[0], width), split(key, place.path), place.like)
+                place.path: mix.own(len(parts), *ends(place, name, forms[0], width), split(key, place.path), place.like)
                 for place in places
             }
             return trees | {kind: {path: leaves for path, leaves in mixing.items() if leaves}}
@@ -210,7 +206,7 @@ def _mixed(where: Where, parts: Sequence[Part], kind: str, name: str, options: M
                 trees = {one: there for one, (_, there) in zip(made, found, strict=True)}
                 trees[kind] = tree.get(kind, {}).get(place.path, {})
                 changes = {one: change for one, (change, _) in zip(made, found, strict=True)}
-                change = functools.partial(mixed, mix, options, kind, changes)
+                change = functools.partial(mixed, mix.add, options, kind, changes)
                 yield Around(place.path, functools.partial(adds, forms[0], change), trees, name)
 
         return Transform(draw, nothing, arounds=arounds)
@@ -225,94 +221,22 @@ def _form(options: Mapping[str, Any]) -> str:
 
 def _changes(transform: Transform, tree: Tree) -> list[tuple[Change, Mapping[str, Any]]]:
     """Return what a part adds, and its tensors, place by place."""
-    pairs = []
-    for around in transform.arounds(tree) if transform.arounds is not None else ():
-        assert isinstance(around.function, functools.partial)  # of `adds`, with the form and the change
-        pairs.append((around.function.args[1], around.tree))
-    return pairs
+    found = () if transform.arounds is None else transform.arounds(tree)
+    return [(change_of(around), around.tree) for around in found]
 
 
 def mixed(
-    mix: Mix, options: Mapping[str, Any], kind: str, changes: Mapping[str, Change], tree: Tree, h: Tensor, inner: Inner
+    add: Add, options: Mapping[str, Any], kind: str, changes: Mapping[str, Change], tree: Tree, h: Tensor, inner: Inner
 ) -> Tensor:
     """Return one change from several."""
     added = torch.stack([change(tree[one], h, inner) for one, change in changes.items()], -2)
-    return mix(options, {leaf: tensor.to(h.dtype) for leaf, tensor in tree.get(kind, {}).items()}, h, added, inner)
-
-
-def _averaged(options: Mapping[str, Any], own: Tree, h: Tensor, added: Tensor, inner: Inner) -> Tensor:
-    terms = [number * added[..., i, :] for i, number in enumerate(options["weights"])]
-    return torch.stack(terms).sum(0)
-
-
-def _gated(options: Mapping[str, Any], own: Tree, h: Tensor, added: Tensor, inner: Inner) -> Tensor:
-    return (F.softmax(F.linear(h, own["gate"]), -1).unsqueeze(-1) * added).sum(-2)
-
-
-def _fused(options: Mapping[str, Any], own: Tree, h: Tensor, added: Tensor, inner: Inner) -> Tensor:
-    query = F.linear(h, own["query"], own["query_bias"])
-    scores = (F.linear(added, own["key"], own["key_bias"]) * query.unsqueeze(-2)).sum(-1)
-    if options["dropout"]:
-        scores = F.dropout(scores, options["dropout"], inner.training)
-    return (F.softmax(scores, -1).unsqueeze(-1) * F.linear(added, own["value"])).sum(-2)
-
-
-def _nothing_own(count: int, inputs: int, outputs: int, key: int, like: Tensor) -> Tree:
-    return {}
-
-
-def _gate(count: int, inputs: int, outputs: int, key: int, like: Tensor) -> Tree:
-    return {"gate": normal((count, inputs), 0.0, key, like)}
-
-
-def _attention(count: int, inputs: int, outputs: int, key: int, like: Tensor) -> Tree:
-    query = normal((outputs, inputs), 0.02, split(key, "query"), like)
-    key_matrix = normal((outputs, outputs), 0.02, split(key, "key"), like)
-    zeros, eye = query.new_zeros(outputs), torch.eye(outputs, dtype=query.dtype, device=query.device)
-    return {
-        "query": query,
-        "query_bias": zeros,
-        "key": key_matrix,
-        "key_bias": zeros,
-        "value": eye + 1e-6 * (1 - eye),
-    }
-
-
-MIXES: dict[str, tuple[Mix, Own]] = {
-    "average": (_averaged, _nothing_own),
-    "gated": (_gated, _gate),
-    "fusion": (_fused, _attention),
-}
-
-
-def _average_options(name: str, count: int, *, weights: Sequence[object]) -> dict[str, Any]:
-    if len(weights) != count:
-        raise OptionError(f"{name}: {len(weights)} weights for {count} adapters; give one for each")
-    return {"weights": [check_number(name, "weights", number) for number in weights]}
-
-
-def _gated_options(name: str, count: int) -> dict[str, Any]:
-    return {}
-
-
-def _fusion_options(name: str, count: int, *, dropout: object) -> dict[str, Any]:
-    p = check_number(name, "dropout", dropout)
-    if not 0.0 <= p < 1.0:
-        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
-    return {"dropout": p}
-
-
-OPTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "average": _average_options,
-    "gated": _gated_options,
-    "fusion": _fusion_options,
-}
+    return add(options, {leaf: tensor.to(h.dtype) for leaf, tensor in tree.get(kind, {}).items()}, h, added, inner)
 
 
 def mixture_at(kind: str, where: Where, *, methods: Sequence[Mapping[str, Any]], name: str, **options: Any) -> Part:
     """Make a mixture again from what a file says of it."""
     parts = [MIXABLE[one["kind"]](where, **one["options"], name=one["name"]) for one in methods]
-    return _mixed(where, parts, kind, name, OPTIONS[kind](name, len(parts), **options))
+    return _mixed(where, parts, kind, name, MIXES[kind].check(name, len(parts), **options))
 
 
 MIXABLE: dict[str, Callable[..., Part]] = {

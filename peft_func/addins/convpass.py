@@ -20,7 +20,7 @@ from peft_func.addins.added import adding, check_features
 from peft_func.addins.bottleneck import check_size
 from peft_func.addins.parts import attentions, mlps
 from peft_func.addins.place import Place
-from peft_func.addins.prefix import prefix_of
+from peft_func.addins.prefix_tokens import prefix_of
 from peft_func.addins.width import widths
 from peft_func.errors import AddinError, OptionError
 from peft_func.functional.model import FunctionalModel
@@ -130,9 +130,11 @@ def bypass(
     h = _act(F.linear(x, own["down"], own["down_bias"]))
     single, patches = h[..., :prefix, :], h[..., prefix:, :]
     rows, columns = _grid(patches, grid, prefix, inner)
-    maps = patches.reshape(-1, rows, columns, h.shape[-1]).movedim(-1, -3)
-    maps = F.conv2d(maps, own["conv"], own["conv_bias"], padding=1)
-    patches = maps.movedim(-3, -1).reshape(patches.shape)
+    maps = F.pad(patches.reshape(*patches.shape[:-2], rows, columns, -1), (0, 0, 1, 1, 1, 1))
+    # One product over the nine taps, because the kernels of convolutions lack some of torch.func's rules.
+    seen = [maps[..., i : i + rows, j : j + columns, :] for i in range(3) for j in range(3)]
+    taps = own["conv"].permute(0, 2, 3, 1).flatten(1)
+    patches = F.linear(torch.cat(seen, -1), taps, own["conv_bias"]).flatten(-3, -2)
     single = F.linear(single, own["conv"][:, :, 1, 1], own["conv_bias"])  # all other taps see padding
     h = F.dropout(_act(torch.cat([single, patches], -2)), dropout, inner.training)
     return F.linear(h, own["up"], own["up_bias"]) * scale
@@ -143,6 +145,8 @@ def _act(x: Tensor) -> Tensor:
 
 
 def _grid(patches: Tensor, grid: list[int] | None, prefix: int, inner: Inner) -> tuple[int, int]:
+    if patches.dim() < 3:
+        raise AddinError(f"at {inner.path!r} an activation is {tuple(patches.shape)}, not [batch, tokens, features]")
     count = patches.shape[-2]
     rows, columns = grid or (isqrt(count), isqrt(count))
     if rows * columns != count:

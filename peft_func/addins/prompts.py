@@ -222,12 +222,13 @@ def prompted(
 ) -> Any:  # fmt: skip
     """Run a backbone on a sequence with prompts in it."""
     given = by_name(names, args, kwargs)
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    ids: Any = given.get("input_ids")
+    embeds: Any = given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         found = "both" if ids is not None else "neither"
         raise AddinError(f"{name}: {inner.path!r} gets {found} of input_ids and inputs_embeds; give one of them")
-    count = (ids if ids is not None else embeds).shape[1]
-    batch = (ids if ids is not None else embeds).shape[0]
+    seen: Tensor = embeds if ids is None else ids
+    batch, count = seen.shape[:2]
     before = tokens_before(given)
     if not isinstance(before, int):
         raise AddinError(f"{name}: a cache of fixed length is given, which does not tell whether the prompts are in it")
@@ -285,8 +286,8 @@ def _with(values: Tensor, tokens: int, after: int, fill: int) -> Tensor:
 
 
 def _joined(values: Tensor, new: Tensor, after: int, dim: int) -> Tensor:
-    head, rest = values.split([after, values.shape[dim] - after], dim)
-    return torch.cat([head, new, rest], dim)
+    rest = values.shape[dim] - after
+    return torch.cat([values.narrow(dim, 0, after), new, values.narrow(dim, after, rest)], dim)
 
 
 def _without(output: Any, length: int, tokens: int, after: int) -> Any:

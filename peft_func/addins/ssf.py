@@ -118,7 +118,7 @@ def _scaling(name: str) -> Any:
         def apply(tree: Tree, weights: Weights) -> Changes:
             changes: dict[str, Tensor | Matrix] = {}
             for at, (weight, bias) in places.items():
-                scale, shift = tree[at]["scale"], tree[at]["shift"]
+                scale, shift = (_wide(tree[at][leaf]) for leaf in ("scale", "shift"))
                 vector = model.layouts[weight].storage is Storage.VECTOR
                 if vector:
                     changes[weight] = torch.mul(weights[weight], scale)  # type: ignore[arg-type]
@@ -130,6 +130,11 @@ def _scaling(name: str) -> Any:
         return Transform(init, apply)
 
     return make
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least, so that a product is rounded once."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def _partners(paths: tuple[str, ...], model: FunctionalModel) -> tuple[str, ...]:

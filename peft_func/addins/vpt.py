@@ -22,7 +22,7 @@ from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import check_size
 from peft_func.addins.parts import blocks
 from peft_func.addins.place import place_at
-from peft_func.addins.prefix import prefix_of
+from peft_func.addins.prefix_tokens import prefix_of
 from peft_func.addins.structure import blocks_at, structure_of
 from peft_func.addins.values import main, main_argument, with_main, with_main_argument
 from peft_func.addins.width import widths
@@ -179,8 +179,8 @@ def _bound(model: FunctionalModel, width: int, name: str) -> float:
 
 def check_alone(x: Tensor, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a block that gets masks or positions of tokens: prompts have none."""
-    if x.dim() < 2:
-        raise AddinError(f"at {inner.path!r} there are no tokens: an activation is {tuple(x.shape)}")
+    if x.dim() < 3:
+        raise AddinError(f"at {inner.path!r} an activation is {tuple(x.shape)}, not [batch, tokens, features]")
     for other in pytree.tree_leaves((args, kwargs)):
         if isinstance(other, Tensor) and other is not x and x.shape[-2] in other.shape[-2:]:
             raise AddinError(

@@ -11,6 +11,8 @@ of all blocks goes to the head, which has a part W of its own for it, zero at th
 import functools
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
@@ -134,7 +136,7 @@ def ask(name: str, block: str, pool: str, tree: Tree, inner: Inner, *args: Any, 
     return output
 
 
-def answer(name: str, block: str, heads: int | None, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def answer(name: str, block: str, plain: "Plain | None", tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Run an attention; when tokens ask, over the keys and values of the tokens that were there before."""
     x = main_argument(args, kwargs)
     if not inner.notes.get((name, block, "asks")):
@@ -142,9 +144,9 @@ def answer(name: str, block: str, heads: int | None, tree: Tree, inner: Inner, *
         inner.notes[name, block, "sees"] = x, output
         return output
     seen, output = inner.notes[name, block, "sees"]
-    if heads is None:  # torch's own takes queries, keys and values
+    if plain is None:  # torch's own takes queries, keys and values
         return inner(x, seen, seen, need_weights=False)
-    return with_main(output, _attend(inner.module, heads, x, seen))
+    return with_main(output, _attend(inner.module, plain, x, seen))
 
 
 def tell(name: str, known: tuple[str, ...], tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
@@ -160,56 +162,81 @@ def tell(name: str, known: tuple[str, ...], tree: Tree, inner: Inner, *args: Any
     return with_main(output, logits + F.linear(told, tree["weight"].to(told.dtype)))
 
 
-def _attend(module: nn.Module, heads: int, asking: Tensor, seen: Tensor) -> Tensor:
-    names = projections_of(module)
-    if len(names) == 1:
-        project = module.get_submodule(names[0])
-        query = project(asking).chunk(3, -1)[0]
-        _, key, value = project(seen).chunk(3, -1)
+@dataclass(frozen=True)
+class Plain:
+    """A plain attention: softmax(q k^T / sqrt(d)) v between linear maps.
+
+    Attributes:
+        heads: how many it has.
+        projections: the names of its projections, three or one.
+        outputs: that of the linear map behind it, if it has one.
+    """
+
+    heads: int
+    projections: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def _attend(module: nn.Module, plain: Plain, asking: Tensor, seen: Tensor) -> Tensor:
+    maps = [module.get_submodule(name) for name in plain.projections]
+    if len(maps) == 1:
+        query = maps[0](asking).chunk(3, -1)[0]
+        _, key, value = maps[0](seen).chunk(3, -1)
     else:
-        q, k, v = (module.get_submodule(name) for name in names)
-        query, key, value = q(asking), k(seen), v(seen)
-    size = query.shape[-1] // heads
+        query, key, value = maps[0](asking), maps[1](seen), maps[2](seen)
+    size = query.shape[-1] // plain.heads
     query, key, value = (tensor.unflatten(-1, (-1, size)).transpose(-2, -3) for tensor in (query, key, value))
-    if key.shape[-3] != heads:
-        key, value = (tensor.repeat_interleave(heads // key.shape[-3], -3) for tensor in (key, value))
+    if key.shape[-3] != plain.heads:
+        key, value = (tensor.repeat_interleave(plain.heads // key.shape[-3], -3) for tensor in (key, value))
     attended = F.scaled_dot_product_attention(query, key, value)
     output = attended.transpose(-2, -3).flatten(-2)
-    for last in _outputs(module):
+    for last in plain.outputs:
         output = module.get_submodule(last)(output)
     return output
 
 
-def _outputs(module: nn.Module) -> list[str]:
-    projections = projections_of(module)
-    return [name for name, child in module.named_children() if name not in projections and linear_widths(child)]
-
-
-def _plain(model: FunctionalModel, block: Block, heads: int | None, name: str) -> int | None:
-    """Return the number of heads of a plain attention; None for torch's own, which knows it.
+def _plain(model: FunctionalModel, block: Block, heads: int | None, name: str) -> Plain | None:
+    """Return what is known of a plain attention; None for torch's own, which is asked directly.
 
     Raises:
-        OptionError: it is another attention, or the number is unknown.
+        OptionError: it is another attention, or the number of its heads is unknown.
     """
     if len(block.attentions) != 1 or not block.batch_first:
         raise OptionError(f"{name}: {block.path!r} has several attentions, or the batch on its second axis")
     module = model._skeleton.root.get_submodule(block.attention)
     if isinstance(module, nn.MultiheadAttention):
         return None
-    linear = {*projections_of(module), *_outputs(module)}
-    odd = [child for child, part in module.named_children() if child not in linear and list(part.parameters())]
-    odd += [key for key, own in module.named_parameters(recurse=False)]
-    if odd or len(_outputs(module)) > 1:
+    projections = projections_of(module)
+    others = {child: part for child, part in module.named_children() if child not in projections}
+    outputs = tuple(child for child, part in others.items() if linear_widths(part))
+    odd = [child for child, part in others.items() if child not in outputs and list(part.parameters())]
+    odd += [key for key, _ in module.named_parameters(recurse=False)] + list(outputs[1:])
+    widths = linear_widths(module.get_submodule(projections[0]))
+    if len(projections) == 1 and widths is not None and widths[1] != 3 * widths[0]:
+        odd.append(projections[0])
+    if odd:
         raise OptionError(
-            f"{name}: the attention {block.attention!r} has more than projections and an output "
-            f"({', '.join(odd or _outputs(module))}), and {name} knows the plain one only"
+            f"{name}: the attention {block.attention!r} has more than projections and an output ({', '.join(odd)}), "
+            f"and {name} knows the plain one only"
         )
-    if heads is not None:
-        return heads
-    found = [value for key, value in vars(module).items() if _HEADS.fullmatch(key) and isinstance(value, int)]
-    if not found:
+    known, width = vars(module), _query_width(module, projections)
+    found = [value for key, value in known.items() if _HEADS.fullmatch(key) and isinstance(value, int)]
+    if isinstance(known.get("head_dim"), int):
+        found.append(width // known["head_dim"])
+    count = heads or next(iter(found), None)
+    if count is None:
         raise OptionError(f"{name}: {block.attention!r} does not say how many heads it has; give heads=...")
-    return found[0]
+    for key in ("scale", "scaling"):
+        factor = known.get(key)
+        if isinstance(factor, float) and abs(factor * sqrt(width // count) - 1) > 1e-4:
+            raise OptionError(f"{name}: {block.attention!r} has {key}={factor}, not 1 / sqrt(features of a head)")
+    return Plain(count, projections, outputs)
+
+
+def _query_width(module: nn.Module, projections: tuple[str, ...]) -> int:
+    widths = linear_widths(module.get_submodule(projections[0]))
+    assert widths is not None  # a projection is a linear map
+    return widths[1] if len(projections) == 3 else widths[1] // 3
 
 
 def _classes(model: FunctionalModel, path: str, name: str) -> int:

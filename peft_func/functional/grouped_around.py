@@ -31,7 +31,10 @@ def grouped_around(around: Around, groups: Groups, chosen: Tensor | None) -> Aro
 
 def _if_chosen(function: Callable[..., Any], tree: Mapping[str, Any], inner: Inner, *args: Any, **kwargs: Any) -> Any:
     output = function(tree["tree"], inner, *args, **kwargs)
+    notes = dict(inner.notes)
     plain, spec = pytree.tree_flatten(inner(*args, **kwargs))
+    inner.notes.clear()  # what was noted in the plain run is not what this adapter's sinks should find
+    inner.notes.update(notes)
     own, own_spec = pytree.tree_flatten(output)
 
     def choose(mine: Any, base: Any) -> Any:

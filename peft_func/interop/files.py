@@ -13,8 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_func.addins.adaptformer import adaptformer
+from peft_func.addins.adaption_prompt import adaption_prompt
 from peft_func.addins.compose import MIXABLE
 from peft_func.addins.convpass import convpass
+from peft_func.addins.parallel import parallel_adapter
+from peft_func.addins.prefix import prefix_tuning
 from peft_func.addins.prompts import prompt_tuning
 from peft_func.addins.reft import direft, loreft, noreft
 from peft_func.addins.ssf import ssf
@@ -47,6 +50,7 @@ _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", t
 KINDS: dict[str, Callable[..., Part]] = {
     **MIXABLE,  # bottleneck, compacter, and what mixes them
     "adaptformer": adaptformer,
+    "adaption_prompt": adaption_prompt,
     "convpass": convpass,
     "direft": direft,
     "dora": dora,
@@ -57,6 +61,8 @@ KINDS: dict[str, Callable[..., Part]] = {
     "loreft": loreft,
     "magnitude": magnitude,
     "noreft": noreft,
+    "parallel_adapter": parallel_adapter,
+    "prefix_tuning": prefix_tuning,
     "prompt_tuning": prompt_tuning,
     "ssf": ssf,
     "svdiff": svdiff,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
+from peft_func.functional.walk import walk
 from peft_func.report.table import aligned
 from peft_func.transforms.first_match import Cap, Claim, FirstMatch, selected
 from peft_func.transforms.transform import Chain, Deferred, Method, Part
@@ -114,6 +115,11 @@ def _rows(method: Method, model: FunctionalModel, roots: Sequence[str], prefix: 
         for part in method.parts:
             yield from _rows(part, model, roots, prefix)
     else:
+        if method.modules:
+            known = walk(model._skeleton.root)
+            for path in method.resolve(model):
+                yield Match(path, known[path].class_name, "", repr(method.where), method.name, ())
+            return
         for name in method.resolve(model):
             owner = model.infos[name].modules[0].__name__
             yield Match(name, owner, "", repr(method.where), method.name, (name,))

@@ -98,9 +98,10 @@ def fact(
             return tree
 
         def apply(tree: Tree, weights: Weights) -> Changes:
-            shared = tree[SHARED]
+            shared = _wide(tree[SHARED])
             return {
-                path: weights.matrix(path) + low_rank(shared, _sigma(shared, tree[path], extents), extents, scale)
+                path: weights.matrix(path)
+                + low_rank(shared, _sigma(shared, _wide(tree[path]), extents), extents, scale)
                 for path, extents in cut.items()
             }
 
@@ -118,6 +119,11 @@ def low_rank(shared: Mapping[str, Tensor], sigma: Tensor, extents: tuple[int, in
         return LowRank(left, _along_diagonal(U, columns), scale)
     right = torch.matmul(sigma.reshape(rows * rank, columns, rank), U).reshape(rows * rank, columns * U.shape[1])
     return LowRank(_along_diagonal(V, rows), right, scale)
+
+
+def _wide(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return leaves in float32 at least: their products are formed, and rounded once."""
+    return {leaf: tensor.float() if tensor.dtype.itemsize < 4 else tensor for leaf, tensor in tree.items()}
 
 
 def _along_diagonal(matrix: Tensor, count: int) -> Tensor:

@@ -86,6 +86,14 @@ class PfeifferOutput(HoulsbyOutput):
         return self.module.LayerNorm(hidden + skip)
 
 
+class BesideOutput(HoulsbyOutput):
+    """BERT's `output` with the adapter of He et al.: the skip is the input of the feed-forward part."""
+
+    def forward(self, hidden, skip):
+        hidden = self.module.dropout(self.module.dense(hidden)) + self.plain(skip)
+        return self.module.LayerNorm(hidden + skip)
+
+
 def put(net, path, wrap, plain):
     holder, _, name = path.rpartition(".")
     setattr(net.get_submodule(holder), name, wrap(net.get_submodule(path), plain))
@@ -117,6 +125,16 @@ PLACES = {
         for pair in ((f"{at}attention.o_proj", f"{at}attention", Behind), (f"{at}mlp.fc2", f"{at}mlp", Behind))
     ]),
     "pfeiffer vit": ("vit", pf.pfeiffer, [(at[:-1], at[:-1], Behind) for at in VIT]),
+    "parallel adapter bert": (
+        "bert", pf.parallel_adapter, [(f"{at}output.dense", f"{at}output", BesideOutput) for at in BERT],
+    ),
+    "parallel adapter gpt2": (
+        "gpt2", pf.parallel_adapter, [(f"{at}mlp.c_proj", f"{at}mlp", Beside) for at in GPT2],
+    ),
+    "parallel adapter llama": (
+        "llama", pf.parallel_adapter, [(f"{at}mlp.down_proj", f"{at}mlp", Beside) for at in LLAMA],
+    ),
+    "parallel adapter vit": ("vit", pf.parallel_adapter, [(f"{at}mlp.fc2", f"{at}mlp", Beside) for at in VIT]),
     "parallel llama": (
         "llama", functools.partial(pf.bottleneck, pf.mlps(), form="parallel"),
         [(f"{at}mlp", f"{at}mlp", Beside) for at in LLAMA],
@@ -346,11 +364,13 @@ def test_options_out_of_range(options, found):
             pf.houlsby(**options)
         with pytest.raises(pf.OptionError, match=found):
             pf.pfeiffer(**options)
+        with pytest.raises(pf.OptionError, match=found):
+            pf.parallel_adapter(**options)
 
 
 def test_presets_refuse_what_they_cannot_do():
     plain = pf.functionalize(nn.Sequential(nn.Linear(4, 4)))
-    for preset in (pf.houlsby, pf.pfeiffer):
+    for preset in (pf.houlsby, pf.pfeiffer, pf.parallel_adapter):
         with pytest.raises(pf.OptionError, match="knows its form"):
             preset(form="parallel")
         with pytest.raises(pf.SelectorError):
@@ -366,6 +386,8 @@ def test_presets_refuse_what_they_cannot_do():
     experts = pf.functionalize(seeded(lambda: transformers.MixtralModel(config))())
     with pytest.raises(pf.SelectorError, match="no feed-forward part"):
         pf.bind(pf.houlsby(), experts)
+    with pytest.raises(pf.SelectorError, match="has a feed-forward part"):
+        pf.bind(pf.parallel_adapter(), experts)
     adapter = pf.bind(pf.pfeiffer(rank=2), experts)
     assert adapter.init(0)[1]["pfeiffer"]["layers.0"]["down"].shape == (2, 16)
     narrowed = pf.bind(pf.houlsby(pf.index(1), rank=2), pf.functionalize(ZOO["llama"].build()))

@@ -25,7 +25,7 @@ def added(own, shared, h, act):
 
 OPTIONS = [
     {"n": 4, "rank": 8},
-    {"n": 2, "rank": 4, "low_rank": 3},
+    {"n": 2, "rank": 6, "low_rank": 3},
     {"n": 4, "rank": 4, "low_rank": None},
     {"n": 2, "rank": 6, "low_rank": None, "share_rule": False},
     {"n": 8, "rank": 8, "share_rule": False},
@@ -115,7 +115,9 @@ def test_ensembles_and_saved_files_share_the_rule(tmp_path):
         ({"n": 4, "rank": 6}, "n=4 does not divide the 6 features of the bottleneck"),
         ({"n": 0}, "n=0"),
         ({"n": None}, "n=None"),
+        ({"n": 128}, "n=128"),
         ({"low_rank": 0}, "low_rank=0"),
+        ({"low_rank": 2}, "low_rank=2.*rank of 1 at most"),
         ({"share_rule": "yes"}, "share_rule='yes'"),
         ({"reduction": -1}, "reduction=-1"),
         ({"activation": "swish"}, "activation='swish'"),

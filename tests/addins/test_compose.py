@@ -1,6 +1,7 @@
 """Averages, gates and AdapterFusion against plain PyTorch; stacks and parallel adapters; bad input."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -95,7 +96,7 @@ def test_values_and_gradients_are_those_of_the_authors(animal, kind):
             for place in adapter.parts[0].modules:
                 at = place.removesuffix(".LayerNorm")
                 holder, _, name = at.rpartition(".")
-                change = lambda h, place=place: mixed(kind, leaves["mix"], place, h)
+                change = functools.partial(mixed, kind, leaves["mix"], place)
                 wrap = Block if at == place else PostNormOutput
                 setattr(plain.get_submodule(holder), name, wrap(plain.get_submodule(at), change))
             out = plain(*args, **kwargs)
@@ -239,7 +240,7 @@ def test_bad_input():
             mixture([a, pf.chain(b, name="group")])
         with pytest.raises(pf.OptionError, match="another name than 'a'"):
             pf.bind(mixture([a, a]), model)
-        with pytest.raises(pf.OptionError, match="'a' and 'b' are at different places.* at 2;"):
+        with pytest.raises(pf.OptionError, match=r"'a' and 'b' are at different places.* at 2;"):
             pf.bind(mixture([a, pf.bottleneck("0", rank=2, name="b")]), model)
         with pytest.raises(pf.OptionError, match="the forms parallel, sequential"):
             pf.bind(mixture([a, *two(form="parallel")[1:]]), model)
@@ -276,7 +277,8 @@ def test_files_of_strangers(change, tmp_path):
     pf.save(tmp_path / "a.safetensors", adapter, adapter.init(0)[1])
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         meta = json.loads(file.metadata()["peft_func"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
     (part,) = meta["method"]["chain"]
     part["options"] |= change
     save_file(tensors, tmp_path / "b.safetensors", {"peft_func": json.dumps(meta)})

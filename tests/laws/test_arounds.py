@@ -64,6 +64,10 @@ class TestFunctions(AddinLaws):
         "bert": [
             pf.before(r".*attention\.self", shifted, scalar),
             pf.across("bert.embeddings", r".*intermediate", gated, scalar, given="output"),
+            pf.chain(
+                pf.across(r".*layer\.0\.output\.dense", r".*layer\.1\.output\.dense", gated, scalar),
+                pf.before(r".*layer\.0", shifted, scalar),
+            ),
         ],
         "llama": [pf.around(r".*(q_proj|mlp)", scale, scalar)],
     }

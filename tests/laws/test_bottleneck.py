@@ -21,6 +21,7 @@ class TestBottleneck(AddinLaws):
         ],
         "bert": [pf.houlsby(rank=2), pf.pfeiffer(rank=2, activation="gelu", layer_norm="out")],
         "llama": [pf.houlsby(pf.index(0)), pf.bottleneck(pf.attentions(), form="parallel", rank=2)],
+        "gpt2": [pf.parallel_adapter(rank=2, activation="tanh")],
         "encoder_layer": [pf.bottleneck("norm2", form="norm", rank=2, activation="tanh")],
     }
 

@@ -1,0 +1,27 @@
+"""How many tokens come before those that an add-in is about."""
+
+from peft_func.addins.structure import structure_of
+from peft_func.errors import OptionError, SelectorError
+from peft_func.functional.model import FunctionalModel
+
+
+def prefix_of(model: FunctionalModel, given: int | None, name: str) -> int:
+    """Return the number of prefix tokens of a vision transformer (class token, registers), or what the user says.
+
+    Raises:
+        OptionError: it is unknown, or no such number.
+    """
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+            raise OptionError(f"{name}: prefix={given!r} is no number of tokens")
+        return given
+    try:
+        known = structure_of(model).prefix
+    except SelectorError:
+        known = None
+    if known is None:
+        raise OptionError(
+            f"{name}: {model!r} has no patches of images, so the number of tokens before them is unknown; give "
+            "prefix=0, or how many there are"
+        )
+    return known
