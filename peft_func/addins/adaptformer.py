@@ -3,9 +3,11 @@
     parallel:    y = MLP(LN(x)) + s Up(ReLU(Down(x))) + x         x what the block adds the feed-forward part to
     sequential:  y = h + s Up(ReLU(Down(h))) + x,  h = MLP(LN(x))
 
-Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", 2022, arXiv 2205.13535. The
-input of the parallel branch is that of the norm, where the block begins with one, and that of the feed-forward part
-itself, where norms come last. Which it is shows in the call: the branch asks whether a norm ran before the attention.
+Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", 2022, arXiv 2205.13535.
+
+Where a block begins with a norm, the parallel branch takes what the second norm takes, and is added to what the block
+gives, so layer scales do not act on it. Where norms come last, it takes what the feed-forward part takes, and is added
+to what that gives. Which it is shows in the call: whether a norm ran before the attention.
 """
 
 import functools
@@ -146,12 +148,13 @@ def _functions(
         return [(at, functools.partial(adds, form, change), True)]
     watching = [(at, functools.partial(_watch, path, "norm"), False) for at in block.norms]
     watching += [(at, functools.partial(_watch, path, "attention"), False) for at in block.attentions]
-    if block.mlp is not None:
-        return [*watching, (block.mlp, functools.partial(_beside, name, path, change), True)]
+    begins, ends = block.mlp or block.first or path, block.mlp or block.last or path
+    joining = functools.partial(_join, name, path)
     return [
         *watching,
-        (block.first or path, functools.partial(_branch_off, name, path, change), True),
-        (block.last or path, functools.partial(_join, name, path), False),
+        (begins, functools.partial(_branch_off, name, path, change), True),
+        (ends, functools.partial(joining, "attention"), False),
+        (path, functools.partial(joining, "norm"), False),
     ]
 
 
@@ -170,18 +173,15 @@ def _residual(block: str, inner: Inner, args: tuple[Any, ...], kwargs: dict[str,
     return main_argument(args, kwargs)
 
 
-def _beside(name: str, block: str, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
-    added = change(tree, _residual(block, inner, args, kwargs), inner)
-    output = inner(*args, **kwargs)
-    return with_main(output, main(output) + added)
-
-
 def _branch_off(name: str, block: str, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     added = change(tree, _residual(block, inner, args, kwargs), inner)
     inner.notes[name, block, "added"] = added, torch.is_grad_enabled()
     return inner(*args, **kwargs)
 
 
-def _join(name: str, block: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def _join(name: str, block: str, begins: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+    """Add the branch: to what the block gives if it begins with a norm, else to its feed-forward part."""
     output = inner(*args, **kwargs)
+    if inner.notes.get(("begins", block), "attention") != begins:
+        return output
     return with_main(output, main(output) + noted((name, block, "added"), inner))

@@ -75,6 +75,7 @@ def adaption_prompt(where: Where, *, tokens: int = 10, tanh: bool = False, name:
         places = [place_at(model, path) for path in paths]
         sizes = {place.path: _width(place, name) for place in places}
         names = {place.path: takes_cache(place, name) for place in places}
+        projections = {place.path: projections_of(place.module) for place in places}
         behind = {place.path: _behind(place) for place in places}
         model.hosts.add(path for path in behind.values() if path is not None)
 
@@ -90,7 +91,8 @@ def adaption_prompt(where: Where, *, tokens: int = 10, tanh: bool = False, name:
             for path in paths:
                 if (last := behind[path]) is not None:
                     yield Around(last, functools.partial(joined, path), {}, name)
-                yield Around(path, functools.partial(gated, name, tanh, names[path], last is None), tree[path], name)
+                function = functools.partial(gated, name, tanh, names[path], projections[path], last is None)
+                yield Around(path, function, tree[path], name)
 
         return Transform(first_values, nothing, arounds=arounds)
 
@@ -98,15 +100,20 @@ def adaption_prompt(where: Where, *, tokens: int = 10, tanh: bool = False, name:
 
 
 def _width(place: Place, name: str) -> int:
-    names = projections_of(place.module)
-    found = [linear_widths(place.module.get_submodule(child)) for child in names]
+    children = [place.module.get_submodule(child) for child in projections_of(place.module)]
+    found = [linear_widths(child) for child in children]
     if len(found) == 3 and found[0] is not None:
         return found[0][0]
     if len(found) == 1 and found[0] is not None and found[0][1] == 3 * found[0][0]:
-        return found[0][0]
+        if type(children[0]).__name__ == "Conv1D":
+            return found[0][0]
+        raise OptionError(
+            f"{name}: {place.path!r} ({type(place.module).__name__}) has one projection for queries, keys and values, "
+            "and models order its rows by head or by kind; GPT-2's is known, for others use pf.prefix_tuning"
+        )
     raise OptionError(
-        f"{name}: {place.path!r} ({type(place.module).__name__}) has no three projections of queries, keys and values, "
-        "nor one of three times its width"
+        f"{name}: {place.path!r} ({type(place.module).__name__}) has no projections of queries, keys and values, as "
+        "pf.attentions() in Llama and GPT-2 have"
     )
 
 
@@ -133,27 +140,27 @@ _GETTING = "what O gets"
 
 
 def gated(
-    name: str, tanh: bool, names: Sequence[str], bare: bool, tree: Tree, inner: Inner, *args: Any, **kwargs: Any
-) -> Any:
+    name: str, tanh: bool, names: Sequence[str], projections: Sequence[str], bare: bool,
+    tree: Tree, inner: Inner, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
     """Run an attention on the prompts, and then on the tokens with what came of that; `bare` if O is not within."""
     given = by_name(names, args, kwargs)
     if any(given.get(other) is not None for other in ("encoder_hidden_states", "key_value_states")):
         raise AddinError(f"{name}: {inner.path!r} attends to another sequence; choose self-attentions only")
+    if isinstance(given.get(CACHE), _Instead):
+        raise AddinError(f"{name}: {inner.path!r} has another adaption prompt; take one with more tokens")
     implementation = str(getattr(getattr(inner.module, "config", None), "_attn_implementation", ""))
     if "flash" in implementation or "flex" in implementation:
         raise AddinError(f"{name}: {inner.path!r} runs {implementation}, which takes no mask here; use sdpa or eager")
     h, prompt, gate = given[names[0]], tree["prompt"], tree["gate"]
-    keys, values = projected(inner.module, prompt.to(h.dtype))
+    keys, values = projected(inner.module, projections, prompt.to(h.dtype))
     cache = _Instead(keys, values * (torch.tanh(gate) if tanh else gate).to(h.dtype))
     everything = h.new_zeros(1, 1, h.shape[1], prompt.shape[0])
     key = (_GETTING, inner.path)
     inner.notes[key] = None
     added = main(inner(**{**given, "attention_mask": everything, CACHE: cache}))
     if not cache.used or (not bare and inner.notes[key] is None):
-        raise AddinError(
-            f"{name}: {inner.path!r} did not add its keys and values to {CACHE}, or has another adaption prompt around "
-            "it; take one with more tokens"
-        )
+        raise AddinError(f"{name}: {inner.path!r} did not add its keys and values to {CACHE}")
     output = inner(**given)
     del inner.notes[key]
     return with_main(output, main(output) + added) if bare else output
@@ -170,9 +177,14 @@ def joined(path: str, tree: Tree, inner: Inner, x: Tensor) -> Any:
     return inner(x + inner.notes[key])
 
 
-def projected(attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys and the values `[tokens, width]` that an attention makes of tokens `[tokens, width]`."""
-    names = projections_of(attention)
+def projected(attention: nn.Module, names: Sequence[str], prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keys and the values `[tokens, width]` that an attention makes of tokens `[tokens, width]`.
+
+    Args:
+        attention: with its weights of this call.
+        names: of its projections of queries, keys and values, or of the one for all three.
+        prompt: the tokens.
+    """
     if len(names) == 1:
         _, keys, values = attention.get_submodule(names[0])(prompt[None])[0].chunk(3, -1)
         return keys, values

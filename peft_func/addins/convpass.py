@@ -4,7 +4,8 @@
 
 Jie & Deng, "Convolutional Bypasses Are Better Vision Transformer Adapters", 2022, arXiv 2207.07039. Tokens before those
 of the patches (class token, registers) are maps of one pixel each, for the same convolution. `act` is x sigmoid(1.702
-x). Up is zero at the start, so nothing changes at first.
+x). Up is zero at the start, so nothing changes at first. A layer scale behind M scales the bypass, too. Tokens that
+`pf.vpt` and `pf.vqt` bring into the same call are maps of one pixel, too.
 """
 
 import functools
@@ -20,7 +21,7 @@ from peft_func.addins.added import adding, check_features
 from peft_func.addins.bottleneck import check_size
 from peft_func.addins.parts import attentions, mlps
 from peft_func.addins.place import Place
-from peft_func.addins.prefix_tokens import prefix_of
+from peft_func.addins.prefix_tokens import ASKING, PROMPTS, prefix_of
 from peft_func.addins.width import widths
 from peft_func.errors import AddinError, OptionError
 from peft_func.functional.model import FunctionalModel
@@ -128,6 +129,10 @@ def bypass(
     check_features(x, tree["down"].shape[-1], inner)
     own = {leaf: tensor.to(x.dtype) for leaf, tensor in tree.items()}
     h = _act(F.linear(x, own["down"], own["down_bias"]))
+    if inner.notes.get(ASKING):  # none of these tokens has a place in the image
+        h = F.linear(h, own["conv"][:, :, 1, 1], own["conv_bias"])
+        return F.linear(F.dropout(_act(h), dropout, inner.training), own["up"], own["up_bias"]) * scale
+    prefix += inner.notes.get(PROMPTS, 0)
     single, patches = h[..., :prefix, :], h[..., prefix:, :]
     rows, columns = _grid(patches, grid, prefix, inner)
     maps = F.pad(patches.reshape(*patches.shape[:-2], rows, columns, -1), (0, 0, 1, 1, 1, 1))

@@ -91,16 +91,18 @@ class Tokens:
         self._positions, self._mask, self._name = positions, mask, name
         self._at: dict[str, str] = {}
         if positions != "all":
-            self._at = {path: _taker(root, path) if mask == MASK else "" for path in paths}
+            self._at = {path: _taker(root, path) for path in paths}
             _check_batch_first(root, paths, name)
-        modules = {at: parameters_of(root.get_submodule(at)) for at in dict.fromkeys(self._at.values())}
+        noted = [(at, MASK) for at in dict.fromkeys(self._at.values())]
+        noted += [("", mask)] if self._at and mask != MASK else []
         self.noting = [
-            Around(at, functools.partial(note_tokens, names, mask, name), {}, name) for at, names in modules.items()
+            Around(at, functools.partial(note_tokens, parameters_of(root.get_submodule(at)), which, name), {}, name)
+            for at, which in noted
         ]
 
     def at(self, path: str) -> Callable[[Tensor, Inner], tuple[Tensor, ...]]:
         """Return a function `(h, inner) -> masks` for a place; a mask is bool, and broadcasts with h."""
-        return functools.partial(masks_of, self._positions, self._mask, self._at.get(path), self._name)
+        return functools.partial(masks_of, self._positions, self._mask, self._at.get(path, ""), self._name)
 
 
 def _taker(root: nn.Module, path: str) -> str:
@@ -135,7 +137,7 @@ def _key(at: str, mask: str) -> tuple[str, str, str]:
     return "tokens", at, mask
 
 
-def masks_of(positions: Any, mask: str, at: str | None, name: str, h: Tensor, inner: Inner) -> tuple[Tensor, ...]:
+def masks_of(positions: Any, mask: str, at: str, name: str, h: Tensor, inner: Inner) -> tuple[Tensor, ...]:
     """Return where the positions are in an activation `[batch, tokens, features]`."""
     if positions == "all":
         return (torch.ones((), dtype=torch.bool, device=h.device),)
@@ -144,7 +146,9 @@ def masks_of(positions: Any, mask: str, at: str | None, name: str, h: Tensor, in
             f"{name}: at {inner.path!r} an activation is {tuple(h.shape)}, not [batch, tokens, features], so it has no "
             "positions; say positions='all'"
         )
-    there, before = inner.notes.get(_key(at or "", mask), (None, 0))
+    there, before = inner.notes.get(_key(at, MASK), (None, 0))
+    own = inner.notes.get(_key("", mask), (None, 0))[0]
+    there, mask = (there, MASK) if own is None else (own, mask)
     if isinstance(before, int) and before > 0:
         return (torch.zeros((), dtype=torch.bool, device=h.device),) * (2 if has_two_ends(positions) else 1)
     if there is None:

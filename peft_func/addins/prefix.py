@@ -248,7 +248,10 @@ def _extended(mask: Any, tokens: int, h: Tensor, cache: Any, inner: Inner, name:
         if flash or not getattr(inner.module, "is_causal", False):
             return None
         # Told nothing, a causal attention takes the first keys for those of the first queries.
-        queries, before = h.shape[1], 0 if cache is None else cache.get_seq_length(inner.module.layer_idx)
+        queries, before = (
+            h.shape[1],
+            0 if cache is None else cache.get_seq_length(getattr(inner.module, "layer_idx", 0)),
+        )
         mask = torch.ones(queries, before + queries, dtype=torch.bool, device=h.device).tril(before)[None, None]
     if not isinstance(mask, Tensor) or not (mask.dim() == 4 or (flash and mask.dim() == 2)):
         found = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"

@@ -4,6 +4,12 @@ from peft_func.addins.structure import structure_of
 from peft_func.errors import OptionError, SelectorError
 from peft_func.functional.model import FunctionalModel
 
+PROMPTS = "prompts"
+"""The note of a call that says how many prompts are behind the prefix tokens."""
+
+ASKING = "asking"
+"""The note of a call that says whether a block is run on tokens that ask, not on those of the image."""
+
 
 def prefix_of(model: FunctionalModel, given: int | None, name: str) -> int:
     """Return the number of prefix tokens of a vision transformer (class token, registers), or what the user says.

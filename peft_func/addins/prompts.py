@@ -57,7 +57,7 @@ def prompt_tuning(
     `position_ids` and `token_type_ids` are extended: prompts are attended to, they have the first positions (tokens
     that are given positions get these plus `tokens`) and type 0. `inputs_embeds` may be given in place of `input_ids`.
     `model.method("generate")` works with a growing cache: prompts are in it from the first step on. In a net with an
-    encoder and a decoder the prompts are in the encoder, and the decoder attends to them.
+    encoder and a decoder the prompts are in the encoder, the decoder attends to them, and `keep` has no meaning.
 
     Args:
         where: the embedding of the tokens, such as `["word_embeddings"]`, `["wte"]`, `["embed_tokens"]`.

@@ -61,7 +61,7 @@ def loreft(
     either side); of "f3+l5" no more than half of a short sequence is first or last, as in pyreft. While tokens are
     generated, only those of the prompt are edited, unless positions are "all". In training on prompts with answers,
     `mask="prompt_mask"` says where the prompt is: `model(weights, ids, attention_mask=..., prompt_mask=...)`; an
-    argument that the net does not know goes to the add-in only.
+    argument that the net does not know goes to the add-in only. A call without it counts by its `attention_mask`.
 
     Args:
         where: a selector over modules, such as `pf.blocks()`: their outputs `[batch, tokens, width]` are edited.

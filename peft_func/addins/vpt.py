@@ -22,7 +22,7 @@ from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import check_size
 from peft_func.addins.parts import blocks
 from peft_func.addins.place import place_at
-from peft_func.addins.prefix_tokens import prefix_of
+from peft_func.addins.prefix_tokens import PROMPTS, prefix_of
 from peft_func.addins.structure import blocks_at, structure_of
 from peft_func.addins.values import main, main_argument, with_main, with_main_argument
 from peft_func.addins.width import widths
@@ -123,13 +123,14 @@ def vpt(
             return tree
 
         def arounds(tree: Tree) -> Iterable[Around]:
-            for path in paths:
+            for path in span:
                 how = ("insert" if path == paths[0] else "replace") if path in owners else None
                 leaves = path == paths[-1] and not keep
-                if how or leaves:
-                    function = functools.partial(prompted, how, leaves, before, tokens, dropout)
-                    yield Around(path, function, tree.get(path, {}), name)
+                function = functools.partial(prompted, how, leaves, before, tokens, dropout)
+                yield Around(path, function, tree.get(path, {}), name)
 
+        span = _span(model, paths)
+        model.hosts.add(span)
         draw(Weights(model.params, model.params, model.layouts), 0)  # says now if the bound is unknown
         return Transform(draw, nothing, arounds=arounds)
 
@@ -158,11 +159,27 @@ def prompted(
         behind = prefix if how == "insert" else prefix + count
         x = torch.cat([x[..., :prefix, :], prompt, x[..., behind:, :]], -2)
         args, kwargs = with_main_argument(args, kwargs, x)
-    output = inner(*args, **kwargs)
+    before = inner.notes.get(PROMPTS, 0)
+    inner.notes[PROMPTS] = before + count  # for what acts on the grid of patches inside of the block
+    try:  # the recomputation of a checkpoint ends by an exception, as soon as it has what it wants
+        output = inner(*args, **kwargs)
+    finally:
+        inner.notes[PROMPTS] = before
     if not leaves:
         return output
     y = main(output)
     return with_main(output, torch.cat([y[..., :prefix, :], y[..., prefix + count :, :]], -2))
+
+
+def _span(model: FunctionalModel, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Return these paths and those of the blocks between them, through which prompts go as well."""
+    try:
+        every = tuple(block.path for block in structure_of(model).blocks)
+    except SelectorError:
+        return paths
+    if not {*paths} <= {*every}:
+        return paths
+    return every[every.index(paths[0]) : every.index(paths[-1]) + 1]
 
 
 def _bound(model: FunctionalModel, width: int, name: str) -> float:

@@ -24,6 +24,7 @@ from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import check_size
 from peft_func.addins.parts import blocks
 from peft_func.addins.place import place_at
+from peft_func.addins.prefix_tokens import ASKING
 from peft_func.addins.structure import Block, blocks_at, linear_widths, projections_of, structure_of
 from peft_func.addins.values import main, main_argument, with_main, with_main_argument
 from peft_func.addins.vpt import check_alone
@@ -128,9 +129,11 @@ def ask(name: str, block: str, pool: str, tree: Tree, inner: Inner, *args: Any, 
     output = inner(*args, **kwargs)
     asking = tree["query"].to(x.dtype).expand(*x.shape[:-2], -1, -1)
     args, kwargs = with_main_argument(args, kwargs, asking)
-    inner.notes[name, block, "asks"] = True
-    answers = main(inner(*args, **kwargs))
-    inner.notes[name, block, "asks"] = False
+    inner.notes[name, block, "asks"] = inner.notes[ASKING] = True
+    try:  # the recomputation of a checkpoint ends by an exception, as soon as it has what it wants
+        answers = main(inner(*args, **kwargs))
+    finally:
+        inner.notes[name, block, "asks"] = inner.notes[ASKING] = False
     told = answers.mean(-2) if pool == "mean" else answers.flatten(-2)
     inner.notes[name, block, "answers"] = told, torch.is_grad_enabled()
     return output

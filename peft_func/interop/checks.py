@@ -5,6 +5,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from peft_func.addins import parts
+from peft_func.addins.houlsby import Projections
+from peft_func.addins.parallel import Ends
+from peft_func.addins.parts import Parts
 from peft_func.errors import OptionError, SelectorError
 from peft_func.trees import modules, select
 from peft_func.trees.modules import ClassNamed, Independent, Named, Position
@@ -49,8 +53,8 @@ def check_from(found: Any, key: str) -> Where:
             )
         for name in found:
             one_of(name, _READ, key)
-        parts = [_READ[name](value, f"{key}.{name}".lstrip(".")) for name, value in found.items()]
-        return parts[0] if len(parts) == 1 else AllOf(tuple(parts))
+        checks = [_READ[name](value, f"{key}.{name}".lstrip(".")) for name, value in found.items()]
+        return checks[0] if len(checks) == 1 else AllOf(tuple(checks))
     except SelectorError as error:
         raise OptionError(f"{at(key)}{error}") from error
 
@@ -149,10 +153,19 @@ def _list(join: Callable[[tuple[Selector, ...]], Selector]) -> Callable[[Any, st
     return read
 
 
-def _independent(value: Any, key: str) -> Selector:
-    if value is not True:
-        raise OptionError(f"{at(key)}this is true, or is not there, or inside of a not; it is {value!r}")
-    return modules.independent()
+def _yes(build: Callable[[], Selector]) -> Callable[[Any, str], Selector]:
+    def read(value: Any, key: str) -> Selector:
+        if value is not True:
+            raise OptionError(f"{at(key)}this is true, or is not there, or inside of a not; it is {value!r}")
+        return build()
+
+    return read
+
+
+def _layers(build: Callable[..., Selector]) -> Callable[[Any, str], Selector]:
+    """Read true for all layers, or their numbers."""
+    some = _several(build)
+    return lambda value, key: build() if value is True else some(value, key)
 
 
 _READ: dict[str, Callable[[Any, str], Selector]] = {
@@ -165,7 +178,13 @@ _READ: dict[str, Callable[[Any, str], Selector]] = {
     "ndim": _one(select.ndim),
     "index": _several(select.index),
     "position": _several(modules.position),
-    "independent": _independent,
+    "independent": _yes(modules.independent),
+    "blocks": _layers(parts.blocks),
+    "attentions": _layers(parts.attentions),
+    "mlps": _layers(parts.mlps),
+    "head": _yes(parts.head),
+    "projections": _yes(Projections),
+    "feed_forward_ends": _yes(Ends),
     "all": _list(AllOf),
     "any": _list(AnyOf),
     "not": lambda value, key: Not(_check(value, key)),
@@ -184,6 +203,9 @@ _WRITE: dict[type, Callable[[Any], Any]] = {
     Index: lambda where: {"index": sorted(where.numbers)},
     Position: lambda where: {"position": sorted(where.numbers)},
     Independent: lambda where: {"independent": True},
+    Parts: lambda where: {where.kind: True if where.layers is None else list(where.layers)},
+    Projections: lambda where: {"projections": True},
+    Ends: lambda where: {"feed_forward_ends": True},
     AllOf: _describe_all,
     AnyOf: _describe_any,
     Not: lambda where: {"not": describe_check(where.part)},

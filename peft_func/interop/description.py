@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+from peft_func.addins.compose import Mixed, average, fusion, gated
 from peft_func.errors import FileFormatError, MissingExtraError, OptionError, PeftFuncError
 from peft_func.interop.atomic import renamed_into
 from peft_func.interop.checks import at, check_from, describe_check, one_of
@@ -35,6 +36,7 @@ from peft_func.transforms.first_match import Cap, FirstMatch, first_match, param
 from peft_func.transforms.transform import Chain, Deferred, Method, Part, chain
 from peft_func.trees.select import Info, Selector, as_selector
 
+_MIXTURES: dict[str, Callable[..., Method]] = {"average": average, "fusion": fusion, "gated": gated}
 _GROUPS = {"chain": ("chain", "name"), "first_match": ("first_match", "root", "name")}
 _LARGEST = 100_000
 
@@ -135,12 +137,16 @@ def _method(found: Any, key: str, where: Selector | None) -> Method:
     one_of(kind, (*KINDS, *_GROUPS), key)
     inner = f"{key}.{kind}".lstrip(".")
     options = dict(_mapping(found[kind] or {}, inner))
+    if kind in _MIXTURES:
+        return _mixture(kind, options, inner, where)
     for name in options:
         one_of(name, known_options(kind) or options, inner)
     if "where" in options:
         place = check_from(options.pop("where"), f"{inner}.where")
     elif where is not None:
         place = where
+    elif inspect.signature(KINDS[kind]).parameters["where"].default is None:
+        place = None  # the method knows its places
     else:
         raise OptionError(f"{at(inner)}where is missing: a regex, a list of names, or a mapping of checks")
     if isinstance(options.get("share"), Mapping):
@@ -168,6 +174,14 @@ def _group(kind: str, found: Mapping[str, Any], key: str, where: Selector | None
     return _built(first_match, inner, *(_pair(item, f"{inner}[{i}]") for i, item in enumerate(items)), **rest)
 
 
+def _mixture(kind: str, options: dict[str, Any], key: str, where: Selector | None) -> Method:
+    items = options.pop("methods", None)
+    if not isinstance(items, Sequence) or isinstance(items, str):
+        raise OptionError(f"{at(key)}methods is a list of add-ins, not {items!r:.60}")
+    methods = [_method(item, f"{key}.methods[{i}]", where) for i, item in enumerate(items)]
+    return _built(_MIXTURES[kind], key, methods, **options)
+
+
 def _pair(item: Any, key: str) -> tuple[Any, Any]:
     checks = dict(_mapping(item, key))
     if "method" not in checks:
@@ -188,7 +202,7 @@ def _pair(item: Any, key: str) -> tuple[Any, Any]:
 def _built(function: Callable[..., Method], key: str, *args: Any, **options: Any) -> Method:
     try:
         return function(*args, **options)
-    except (PeftFuncError, TypeError, ValueError, AttributeError) as error:
+    except (PeftFuncError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise OptionError(f"{at(key)}{error}") from error
 
 
@@ -198,6 +212,10 @@ def _describe(method: Method) -> dict[str, Any]:
         root = [kind if isinstance(kind, str) else kind.__name__ for kind in method.root]
         roots = {"root": root[0] if len(root) == 1 else root} if root else {}
         return {"first_match": [_describe_cap(cap) for cap in method.caps], **roots, **named}
+    if isinstance(method, Mixed):
+        return {
+            method.kind: _plain({"methods": [*map(_describe, method.methods)], "name": method.part, **method.options})
+        }
     if isinstance(method, Chain) and not isinstance(method, Deferred):
         return {"chain": [_describe(part) for part in method.parts], **named}
     if not isinstance(method, Part) or method.kind not in KINDS:
@@ -214,6 +232,8 @@ def _describe(method: Method) -> dict[str, Any]:
 
 def _patterns(part: Part) -> dict[str, Any]:
     """Return the patterns of a part, which its options hold only when it is bound."""
+    if not inspect.isfunction(part.make):
+        return {}
     inside = inspect.getclosurevars(part.make).nonlocals
     found = {name: dict(inside[name]) for name in ("rank_pattern", "alpha_pattern") if inside.get(name)}
     return {

@@ -141,7 +141,9 @@ def test_fused_adapters_were_trained_alone_and_stay_as_they_are():
 def test_first_values_of_the_attention():
     model = pf.functionalize(nn.Linear(4, 64).double())
     parts = [pf.bottleneck("", rank=2, name=name) for name in "ab"]
-    own = pf.bind(pf.fusion(parts), model).init(0)[1]["fusion"]["fusion"][""]
+    tree = pf.bind(pf.fusion(parts), model).init(0)[1]["fusion"]
+    assert not torch.equal(tree["a"][""]["down"], tree["b"][""]["down"])
+    own = tree["fusion"][""]
     assert torch.equal(own["value"], torch.full((64, 64), 1e-6, dtype=torch.float64).fill_diagonal_(1.0))
     for leaf in ("query", "key"):
         assert own[leaf].std().item() == pytest.approx(0.02, rel=0.05)

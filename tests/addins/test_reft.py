@@ -135,6 +135,11 @@ def test_a_mask_of_its_own_says_where_the_prompt_is(animal):
 
     compare(animal, method, "loreft", places_of, (ids(2, 7, high=32),), attention_mask=whole, prompt_mask=prompt)
 
+    def all_of_it(sample):
+        return {None: first_and_last(0, 2, whole[sample])[1]}
+
+    compare(animal, method, "loreft", all_of_it, (ids(2, 7, high=32),), attention_mask=whole)
+
 
 def test_generation_edits_the_prompt_only():
     net = ZOO["llama"].build()

@@ -147,8 +147,9 @@ def convolved(leaves, x, scale):
     h = act(x @ leaves["down"].T + leaves["down_bias"])
     side = round((h.shape[1] - 1) ** 0.5)
     convolve = lambda maps: F.conv2d(maps, leaves["conv"], leaves["conv_bias"], padding=1)
-    patches = convolve(h[:, 1:].reshape(len(h), side, side, -1).permute(0, 3, 1, 2))
+    patches = convolve(h[:, 1:].reshape(len(h), side, side, -1).permute(0, 3, 1, 2)) if side else None
     token = convolve(h[:, :1].reshape(len(h), 1, 1, -1).permute(0, 3, 1, 2))
+    patches = patches if side else h[:, :0].mT
     h = torch.cat([token.flatten(2), patches.flatten(2)], 2).transpose(1, 2)
     return scale * (act(h) @ leaves["up"].T + leaves["up_bias"])
 
@@ -228,6 +229,52 @@ def test_vpt_refuses_masks_and_other_models():
     layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
     with pytest.raises(pf.OptionError, match="batch_first"):
         pf.bind(pf.vpt(prefix=0, bound=0.1), pf.functionalize(layers))
+
+
+@pytest.mark.parametrize("where", [pf.blocks(), pf.blocks(0, 2)], ids=["all blocks", "some"])
+@pytest.mark.parametrize("deep", [False, True])
+@torch.no_grad()
+def test_convpass_knows_prompts(deep, where):
+    """Seven prompts and nine patches are no grid of 4 x 4: prompts are maps of one pixel."""
+    vit = timm()
+    method = pf.chain(pf.vpt(where, tokens=7, deep=deep), pf.convpass(pf.mlps(), rank=2, scale=0.7))
+    adapter = pf.bind(method, vit.model)
+    frozen, tree = adapter.init(0)
+    tree = pf.map_leaves(lambda t: t + 0.2 * randn(*t.shape, seed=t.numel()), tree)
+    x = vit.embed(vit.x)
+    for i, path in enumerate(vit.paths):
+        if path in tree["vpt"]:
+            prompt = tree["vpt"][path]["prompt"].expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], prompt, x[:, 8 if i else 1 :]], 1)
+        norm1, attend, norm2, mlp = vit.steps(path)
+        x = x + attend(norm1(x))
+        h, leaves = norm2(x), tree["convpass"][f"{path}.mlp"]
+        image = convolved(leaves, torch.cat([h[:, :1], h[:, 8:]], 1), 0.7)
+        single = torch.cat([convolved(leaves, h[:, j : j + 1], 0.7) for j in range(1, 8)], 1)
+        x = x + mlp(h) + torch.cat([image[:, :1], single, image[:, 1:]], 1)
+    x = torch.cat([x[:, :1], x[:, 8:]], 1)
+    torch.testing.assert_close(vit.model(adapter.apply(frozen, tree), vit.x), vit.classify(x), **TOLERANCE)
+
+
+@torch.no_grad()
+def test_convpass_knows_tokens_that_ask():
+    vit = timm()
+    convpass = pf.convpass(pf.mlps(), rank=2, scale=0.7)
+    adapter = pf.bind(pf.chain(convpass, pf.vqt(tokens=10)), vit.model)
+    frozen, tree = adapter.init(0)
+    tree = pf.map_leaves(lambda t: t + 0.2 * randn(*t.shape, seed=t.numel()), tree)
+    x, told = vit.embed(vit.x), []
+    for path in vit.paths:
+        norm1, attend, norm2, mlp = vit.steps(path)
+        leaves = tree["convpass"][f"{path}.mlp"]
+        z = tree["vqt"][path]["query"].expand(len(x), -1, -1)
+        z = z + asked(vit.net.get_submodule(f"{path}.attn"), norm1(z), norm1(x), fused=True)
+        alone = [convolved(leaves, norm2(z)[:, j : j + 1], 0.7) for j in range(10)]
+        told.append((z + mlp(norm2(z)) + torch.cat(alone, 1)).flatten(1))
+        x = x + attend(norm1(x))
+        x = x + mlp(norm2(x)) + convolved(leaves, norm2(x), 0.7)
+    expected = vit.classify(x) + torch.cat(told, 1) @ tree["vqt"]["head"]["weight"].T
+    torch.testing.assert_close(vit.model(adapter.apply(frozen, tree), vit.x), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("form", ["weights", "activations"])
@@ -433,3 +480,23 @@ def test_a_model_without_blocks():
     for method in (pf.adaptformer(), pf.vpt(prefix=0, bound=0.1), pf.linear_probe(), pf.partial(1)):
         with pytest.raises(pf.SelectorError, match="no list of modules of one class"):
             pf.bind(method, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [pf.adaptformer(rank=2), pf.convpass(rank=2), pf.vpt(tokens=2), pf.vpt(tokens=2, deep=False), pf.vqt(tokens=2)],
+    ids=["adaptformer", "convpass", "vpt", "vpt shallow", "vqt"],
+)
+def test_compiled_without_a_graph_break(method):
+    vit = timm()
+    adapter = pf.bind(method, vit.model)
+    frozen, tree = adapter.init(0)
+    members = [pf.map_leaves(lambda t, i=i: t + 0.2 * randn(*t.shape, seed=i), tree) for i in range(2)]
+    call = lambda tree: vit.model(adapter.apply(frozen, tree), vit.x)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled(tree)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for member in members:
+            torch.testing.assert_close(compiled(member), call(member), **TOLERANCE)

@@ -16,6 +16,7 @@ import peft_func as pf
 from peft_func.interop import description
 from peft_func.interop.checks import check_from, describe_check
 from peft_func.interop.files import KINDS
+from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,19 +150,68 @@ OPTIONS = {
 
 LOW_RANK = {"rank": 3, "alpha": 5, "rank_pattern": {"fc1": 1}, "alpha_pattern": {"fc2": 2.5}}
 
+REFT = {"rank": 2, "positions": "f2+l1", "tied": False, "dropout": 0.1, "width": 8}
+BOTTLENECK = {"rank": 4, "activation": "tanh", "scale": 0.5, "layer_norm": "in", "dropout": 0.1, "form": "parallel"}
+# What is only for some models: an animal, a place (None where the method knows it), options.
+ADDINS = {
+    "adaptformer": ("vit", None, {"form": "sequential", "rank": 2, "scale": "learned", "dropout": 0.2}),
+    "adaption_prompt": ("llama", pf.attentions(-1), {"tokens": 3, "tanh": True}),
+    "bottleneck": ("bert", pf.projections(), BOTTLENECK),
+    "compacter": ("bert", pf.blocks(0) & ~pf.head(), {**BOTTLENECK, "n": 2, "low_rank": None, "share_rule": False}),
+    "convpass": ("vit", None, {"rank": 2, "scale": 0.1, "init": "xavier", "dropout": 0.2}),
+    "direft": ("bert", pf.blocks(), REFT),
+    "fact": ("vit", pf.blocks(), {"rank": 2, "scale": 0.5, "how": "tk", "width": 8}),
+    "loreft": ("llama", pf.blocks(0, 1), REFT),
+    "noreft": ("gpt2", pf.blocks(), REFT),
+    "parallel_adapter": ("vit", None, {"rank": 3}),
+    "prefix_tuning": ("llama", pf.attentions(), {"tokens": 3, "reparameterize": "mlp", "hidden": 5}),
+    "prompt_tuning": ("gpt2", ["wte"], {"tokens": 3, "reparameterize": "mlp", "hidden": 5, "keep": True}),
+    "ssf": ("mlp", "0", {"form": "activations"}),
+    "vpt": ("vit", None, {"tokens": 2, "deep": False, "keep": True, "dropout": 0.1}),
+    "vqt": ("vit", None, {"tokens": 2, "pool": "mean"}),
+}
+MIXED = [pf.bottleneck(pf.mlps(), rank=2, name="a"), pf.bottleneck(pf.mlps(), rank=4, name="b")]
+MIXTURES = {
+    "average": pf.average(MIXED, weights=[0.3, 0.7], name="mine"),
+    "gated": pf.gated(MIXED, name="mine"),
+    "fusion": pf.fusion(MIXED, dropout=0.1, name="mine"),
+}
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+
+def bound_options(method, model):
+    (part,) = pf.bind(method, model).parts
+    return part.options, part.paths, part.modules
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_come_back(kind):
+    model, found = pf.functionalize(ZOO["bert"].build()), pf.describe(MIXTURES[kind])
+    assert json.loads(json.dumps(found)) == found
+    assert bound_options(pf.method_from(found), model) == bound_options(MIXTURES[kind], model)
+    with pytest.raises(pf.OptionError, match=r"methods\[0\]: there is no 'bottle'"):
+        pf.method_from({kind: {"methods": [{"bottle": {}}], "name": "mine"}})
+    with pytest.raises(pf.OptionError, match="a list of add-ins"):
+        pf.method_from({kind: {"name": "mine"}})
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - MIXTURES.keys()))
 def test_no_option_is_lost(kind):
     known = description.known_options(kind)
-    options = OPTIONS.get(kind, {"name": "mine", **{name: value for name, value in LOW_RANK.items() if name in known}})
-    method = KINDS[kind](["fc1", "fc2"], **options)
-    again = pf.method_from(pf.describe(method))
-    assert pf.bind(again, MODEL).parts[0].options == pf.bind(method, MODEL).parts[0].options
+    if kind in ADDINS:
+        animal, where, options = ADDINS[kind]
+        model = pf.functionalize(ZOO[animal].build())
+        method = KINDS[kind](where, **options, name="mine")
+    else:
+        model, where = MODEL, ["fc1", "fc2"]
+        options = OPTIONS.get(kind, {"name": "mine", **{name: LOW_RANK[name] for name in LOW_RANK if name in known}})
+        method = KINDS[kind](where, **options)
+    found = pf.describe(method)
+    assert json.loads(json.dumps(found)) == found
+    again = pf.method_from(found)
+    assert bound_options(again, model) == bound_options(method, model)
     assert again.name == "mine"
     for option, value in options.items():
-        pf.describe(KINDS[kind](["fc1", "fc2"], **{option: value}))  # each by itself
-        found = pf.describe(KINDS[kind](["fc1", "fc2"], **{option: value}))[kind]
-        assert option in found, f"{option} is lost"
+        assert option in pf.describe(KINDS[kind](where, **{option: value}))[kind], f"{option} is lost"
 
 
 def test_every_option_of_low_rank_is_in_the_test_above():

@@ -483,7 +483,7 @@ def test_an_error_for_a_model_of_many_layers_is_readable(tmp_path):
 def valid():
     """The metadata and tensors of a good file: LoRA of rank 2 on one place."""
     adapter, _, tree = trained(pf.lora("layers.0.q_proj", rank=2))
-    described = files._describe(adapter.method, adapter)
+    described = files.method_as_data(adapter.method, adapter)
     meta = {"format": "peft_func", "version": 1, "method": described, "base": files.fingerprint(MODEL)}
     return meta, {".".join(keys): leaf for keys, leaf in leaves_of(tree)}
 

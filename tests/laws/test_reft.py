@@ -24,7 +24,7 @@ class TestLoreft(AddinLaws):
 
 
 class TestOthers(AddinLaws):
-    compiled = ["gpt2"]
+    compiled = ["mlp"]
     SMALL = pf.direft(r"blocks\.[02]", rank=2, positions="all")
     CASES = {
         "gpt2": [pf.noreft(EVERY, rank=2, positions="f1+l1", tied=False)],

@@ -72,7 +72,7 @@ class TestConvpassAndVQT(OnImages):
 
 
 class TestVPT(OnImages):
-    SMALL = pf.vpt(tokens=2)
+    SMALL = pf.chain(pf.vpt(tokens=7), pf.convpass(pf.mlps(), rank=2, scale=1.0))
     CASES = {
         "vit": [pf.vpt(tokens=3), pf.vpt(tokens=2, deep=False, keep=True)],
         "bert": [pf.vpt(tokens=2, prefix=1, bound=0.3)],

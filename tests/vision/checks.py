@@ -229,6 +229,69 @@ def check_count_of_shifts(make, method):
     assert sum(torch.Size(shape).numel() for shape in adapter.spec.values()) == 11_157
 
 
+ADDINS = {
+    "adaptformer": lambda: pf.adaptformer(rank=3),
+    "convpass": lambda: pf.convpass(rank=3, scale=0.5),
+    "vpt": lambda: pf.vpt(tokens=2),
+    "vqt": lambda: pf.vqt(tokens=2),
+    "ssf": lambda: pf.ssf(pf.of_type(nn.Linear, nn.LayerNorm)),
+    "fact": lambda: pf.fact(pf.blocks(), rank=2),
+}
+
+
+def check_addin(make, method):
+    """An add-in finds its places by structure; it is the identity at the start, but for prompts."""
+    net, x = built(make)
+    model = pf.functionalize(net)
+    adapter = pf.bind(ADDINS[method](), model)
+    frozen, start = adapter.init(0)
+    out = model(adapter.apply(frozen, start), x)
+    moved_out = model(adapter.apply(frozen, moved(start)), x)
+    assert out.shape == moved_out.shape == net(x).shape
+    assert (moved_out - out).abs().max() > 1e-6
+    if method == "vpt":
+        assert (out - net(x)).abs().max() > 1e-6
+    else:
+        same(out, net(x).detach())
+
+
+@torch.no_grad()
+def check_timm_steps(make, method):
+    """AdaptFormer and deep prompts on timm's own blocks, whose layer scales do not act on the branch, step by step."""
+    net, x = built(make)
+    model = pf.functionalize(net)
+    adapter = pf.bind(ADDINS[method](), model)
+    frozen, start = adapter.init(0)
+    tree = moved(start, scale=0.2)
+    h = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x))))
+    for i, block in enumerate(net.blocks):
+        leaves = tree[method][f"blocks.{i}"]
+        if method == "vpt":
+            prompt = leaves["prompt"].expand(len(h), -1, -1)
+            h = torch.cat([h[:, :1], prompt, h[:, 3 if i else 1 :]], 1)
+        h = h + block.ls1(block.attn(block.norm1(h)))
+        branch = 0.0
+        if method == "adaptformer":
+            inside = torch.relu(h @ leaves["down"].T + leaves["down_bias"])
+            branch = 0.1 * (inside @ leaves["up"].T + leaves["up_bias"])
+        h = h + block.ls2(block.mlp(block.norm2(h))) + branch
+    if method == "vpt":
+        h = torch.cat([h[:, :1], h[:, 3:]], 1)
+    same(model(adapter.apply(frozen, tree), x), net.forward_head(net.norm(h)))
+
+
+def check_presets(make, method):
+    """Presets find the head, the last norm and the last blocks."""
+    net, _ = built(make)
+    model = pf.functionalize(net)
+    names = lambda preset: set(pf.bind(preset, model).init(0)[1]["train"])
+    head = {name for name in model.params if name.startswith("head")}
+    assert names(pf.linear_probe()) == head == {name for name in head if name.endswith(("weight", "bias"))}
+    last = ("blocks.1.", "encoder.layers.encoder_layer_1.", "norm.", "encoder.ln.")
+    assert names(pf.partial(1)) == head | {name for name in model.params if name.startswith(last)}
+    assert names(pf.full()) == set(model.params)
+
+
 CHECKS = {
     **{f"merge {net.__name__} {m}": (check_merge, net, m) for net in NETS for m in ("lora", "gift")},
     **{f"merge {net.__name__} {m}": (check_merge, net, m) for net in (resnet, vit, timm_vit, mobilenet)
@@ -241,6 +304,10 @@ CHECKS = {
     "merge resnet balanced": (check_merge, resnet, "balanced"),
     "table resnet balanced": (check_seed_table, resnet, "balanced"),
     "count resnet svdiff": (check_count_of_shifts, resnet, "svdiff"),
+    **{f"addin {net.__name__} {m}": (check_addin, net, m) for net in (vit, timm_vit) for m in ADDINS if m != "fact"},
+    "addin timm_vit_tiny fact": (check_addin, timm_vit_tiny, "fact"),
+    **{f"steps timm_vit {m}": (check_timm_steps, timm_vit, m) for m in ("adaptformer", "vpt")},
+    **{f"presets {net.__name__}": (check_presets, net, "") for net in (vit, timm_vit)},
 }  # fmt: skip
 
 

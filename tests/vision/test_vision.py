@@ -13,6 +13,10 @@ NAMES = [
     "merge resnet balanced",
     "table resnet balanced",
     "count resnet svdiff",
+    *[f"addin {net} {m}" for net in ("vit", "timm_vit") for m in ("adaptformer", "convpass", "vpt", "vqt", "ssf")],
+    "addin timm_vit_tiny fact",
+    *[f"steps timm_vit {m}" for m in ("adaptformer", "vpt")],
+    *[f"presets {net}" for net in ("vit", "timm_vit")],
 ]
 
 
