@@ -96,7 +96,10 @@ def _transform(
     model.hosts.add(sources)
 
     def arounds(tree: Tree) -> list[Around]:
-        noting = [Around(path, functools.partial(note, (name, path, taken), taken), {}, name) for path in sources]
+        noting = [
+            Around(path, functools.partial(note, (name, path, taken), taken), {}, name, changes=False)
+            for path in sources
+        ]
         using = [
             Around(
                 place.path,

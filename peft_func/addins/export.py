@@ -1,7 +1,6 @@
 """A plain `nn.Module` that carries add-ins: a copy of the net with merged weights, and functions on its modules."""
 
 import contextvars
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from peft_func.functional.containers import Container, Place, hold_parameter
 from peft_func.functional.skeleton import Skeleton
-from peft_func.functional.surround import Inner, Notes, leave_fast_paths
+from peft_func.functional.surround import Forward, Inner, Notes, leave_fast_paths
 from peft_func.transforms.bind import Adapter
 from peft_func.trees.paths import join, leaves
 from peft_func.weights.around import Around
@@ -92,19 +91,12 @@ class _Calls:
         return _Calls, ()
 
 
-class _Root:
+class _Root(Forward):
     """The forward of the whole module: it begins a call."""
 
     def __init__(self, call: Callable[..., Any], calls: _Calls) -> None:
-        self.call, self.calls = call, calls
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.call)
-
-    @property
-    def __code__(self) -> Any:
-        return getattr(self.call, "__code__", None)  # torch.export says where the forward is
+        super().__init__(call)
+        self.calls = calls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # Dynamo knows no context variables
@@ -122,16 +114,13 @@ class _Root:
             self.calls.last = notes if torch.is_grad_enabled() else {}
 
 
-class _Surrounded:
+class _Surrounded(Forward):
     """The forward of a module with a function around it."""
 
     def __init__(self, call: Callable[..., Any], module: nn.Module, around: Around, tree: Any, calls: _Calls) -> None:
-        self.call, self.module, self.calls = call, module, calls
+        super().__init__(call)
+        self.module, self.calls = module, calls
         self.path, self.function, self.tree = around.path, around.function, tree
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inner = Inner(self.call, self.module, self.path, self.calls.notes())

@@ -64,7 +64,7 @@ def parallel_adapter(where: Where | None = None, *, name: str = "parallel_adapte
             for behind in transform.arounds(tree):
                 source = sources[behind.path]
                 key = (name, source, "input")
-                yield Around(source, functools.partial(note, key, "input"), {}, name)
+                yield Around(source, functools.partial(note, key, "input"), {}, name, changes=False)
                 yield Around(behind.path, functools.partial(_beside, key, change_of(behind)), behind.tree, name)
 
         return Transform(transform.init, transform.apply, arounds=arounds)

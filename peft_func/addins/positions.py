@@ -96,7 +96,13 @@ class Tokens:
         noted = [(at, MASK) for at in dict.fromkeys(self._at.values())]
         noted += [("", mask)] if self._at and mask != MASK else []
         self.noting = [
-            Around(at, functools.partial(note_tokens, parameters_of(root.get_submodule(at)), which, name), {}, name)
+            Around(
+                at,
+                functools.partial(note_tokens, parameters_of(root.get_submodule(at)), which, name),
+                {},
+                name,
+                changes=False,
+            )
             for at, which in noted
         ]
 

@@ -23,7 +23,7 @@ def grouped_around(around: Around, groups: Groups, chosen: Tensor | None) -> Aro
         groups: of the batch.
         chosen: for each group whether it has an adapter at all; None if all do.
     """
-    if chosen is None:
+    if chosen is None or not around.changes:
         return replace(around, groups=groups)
     tree = {"chosen": chosen, "tree": around.tree}
     return replace(around, groups=groups, tree=tree, function=functools.partial(_if_chosen, around.function))

@@ -4,6 +4,7 @@ Eagerly they are put on the clone of that call. A compiled call runs on `Entry`,
 around asks, while it is traced, which ones there are now: nothing of that is left in the graph.
 """
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -24,19 +25,20 @@ class Inner:
 
     Attributes:
         module: the module of this call, with its weights of this call.
+        call: what it runs.
         path: its path in the model.
         notes: a dict of this call of the model, for arounds at other places; it is gone when the call is.
     """
 
     def __init__(self, call: Callable[..., Any], module: nn.Module, path: str, notes: Notes) -> None:
-        self._call = call
+        self.call = call
         self.module = module
         self.path = path
         self.notes = notes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, with the arounds that were there before."""
-        return self._call(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
     @property
     def training(self) -> bool:
@@ -44,10 +46,26 @@ class Inner:
         return bool(self.module.training)
 
 
-class Surrounded:
+class Forward:
+    """What stands in place of a forward, and says what it takes: `generate`, Trainer and `torch.export` ask."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.call)
+
+    @property
+    def __code__(self) -> Any:
+        return getattr(self.call, "__code__", None)
+
+
+class Surrounded(Forward):
     """A forward with one around."""
 
     def __init__(self, around: Around, inner: Inner) -> None:
+        super().__init__(inner.call)
         self.around = around
         self.inner = inner
         self.called = False
@@ -170,11 +188,12 @@ class _Now:
         self.notes: Notes = {}
 
 
-class _Asking:
+class _Asking(Forward):
     """A forward that looks up what is around it."""
 
     def __init__(self, call: Callable[..., Any], module: nn.Module, path: str, now: _Now) -> None:
-        self.call, self.module, self.path, self.now = call, module, path, now
+        super().__init__(call)
+        self.module, self.path, self.now = module, path, now
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.call

@@ -18,6 +18,7 @@ class Around:
         tree: the tensors of this place, a nested dict.
         part: the name of the part of the chain that it comes from.
         groups: of the batch, where the tensors have a leading axis over them; None otherwise.
+        changes: whether it may change what the module returns; False for one that only leaves notes for others.
     """
 
     path: str
@@ -25,3 +26,4 @@ class Around:
     tree: Mapping[str, Any]
     part: str
     groups: Groups | None = None
+    changes: bool = True

@@ -280,3 +280,18 @@ def test_an_addin_that_finds_no_tensor_says_so():
 class Count(nn.Module):
     def forward(self, n):
         return n
+
+
+def test_an_addin_around_the_whole_model_does_not_hide_what_its_forward_takes():
+    """`generate` asks for the signature, and leaves out position ids for a model that has none."""
+    animal = ZOO["gpt2"]
+    net = animal.build()
+    model, adapter, frozen, tree = bound(
+        net, pf.around("", lambda tree, inner, *args, **kwargs: inner(*args, **kwargs))
+    )
+    ids, mask = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    options |= {"attention_mask": mask, "return_dict_in_generate": True}
+    ours = model.method("generate")(adapter.apply(frozen, tree), ids, **options)
+    theirs = net.generate(ids, **options)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours.logits, theirs.logits, strict=True))
