@@ -145,14 +145,20 @@ def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in ("activation", "scale", "layer_norm", "dropout")}
 
 
+LARGEST = 2**20
+"""No size of an add-in is above this one: a file may ask for anything."""
+
+
 def check_size(name: str, option: str, value: object, *, optional: bool = True) -> None:
-    """Refuse a size that is no whole number above 0 (nor None, where it is optional).
+    """Refuse a size that is no whole number from 1 to 2**20 (nor None, where it is optional).
 
     Raises:
         OptionError: names the option.
     """
-    if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise OptionError(f"{name}: {option}={value!r} is no whole number above 0")
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+        raise OptionError(f"{name}: {option}={value!r} is no whole number from 1 to {LARGEST:,}")
 
 
 def ends(place: Place, name: str, form: str, width: int | None) -> tuple[int, int]:

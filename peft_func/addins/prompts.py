@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from peft_func.addins.arguments import by_name, holders, parameters_of, token_mask, tokens_before
 from peft_func.addins.around import nothing
+from peft_func.addins.bottleneck import check_size
 from peft_func.addins.place import Place, place_at
 from peft_func.errors import AddinError, OptionError
 from peft_func.functional.model import FunctionalModel
@@ -87,13 +88,13 @@ def prompt_tuning(
         torch.Size([1, 5, 32])
     """
     check_name(name)
-    _check_whole(name, "tokens", tokens, 1)
-    _check_whole(name, "after", after, 0)
+    check_size(name, "tokens", tokens, optional=False)
+    if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+        raise OptionError(f"{name}: after={after!r} is no number of tokens")
     check_flag(name, "keep", keep)
     if reparameterize is not None:
         check_choice(name, "reparameterize", reparameterize, ("mlp",))
-    if hidden is not None:
-        _check_whole(name, "hidden", hidden, 1)
+    check_size(name, "hidden", hidden)
     if isinstance(init, str):
         check_choice(name, "init", init, INITS)
     else:
@@ -130,11 +131,6 @@ def prompt_tuning(
         return Transform(first_values, nothing, arounds=arounds)
 
     return Part(where, make, name, "prompt_tuning", options, modules=True)
-
-
-def _check_whole(name: str, option: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name}: {option}={value!r} is no whole number of at least {least}")
 
 
 def _ids(name: str, init: object) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from peft_func.errors import NameMismatchError, OptionError, TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.transform import Chain, Method, Part, Transform, expanded
-from peft_func.trees.keys import Key, as_key, split
+from peft_func.trees.keys import Key, as_key, shapes_only, split
 from peft_func.trees.paths import Keys, Tree, insert, join, leaves, map_leaves
 from peft_func.weights.around import Around
 from peft_func.weights.mapping import Weights
@@ -94,12 +94,14 @@ class Adapter:
     def __init__(self, method: Method, model: FunctionalModel) -> None:
         self.method = expanded(method, model)
         self.model = model
-        self.parts = tuple(_bound(self.method, model, ()))
+        with shapes_only():  # sizes may come from a stranger's file
+            self.parts = tuple(_bound(self.method, model, ()))
         # The leaves' shapes are found by a dry run on meta tensors; an init of a user that needs real values (a
         # singular value decomposition, say) is run on the real weights, where a mistake is raised again.
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.params.items()}
         try:
-            tree, held = self._init(meta, 0)
+            with shapes_only():
+                tree, held = self._init(meta, 0)
         except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError):
             tree, held = self._init(model.params, 0)
         self.arounds = any(part.transform.arounds is not None for part in self.parts)

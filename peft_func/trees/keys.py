@@ -4,7 +4,10 @@ A leaf that is drawn from `split(key, path)` depends on the key and on its own p
 target, or another transform, changes no other leaf's first value, and the global generators are never touched.
 """
 
+import contextlib
+import contextvars
 import hashlib
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
@@ -12,6 +15,8 @@ import torch
 from peft_func.errors import OptionError
 
 Key: TypeAlias = int | torch.Generator
+
+_SHAPES_ONLY = contextvars.ContextVar("shapes only", default=False)
 
 
 def as_key(key: Key) -> int:
@@ -39,11 +44,21 @@ def split(key: Key, path: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Draw nothing within this context: `uniform` and `normal` give tensors on meta, whatever the size."""
+    token = _SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
+
+
 def _draw(fill: str, shape: tuple[int, ...], scale: float, key: int, like: torch.Tensor) -> torch.Tensor:
     # Drawn on the CPU in float32 whatever `like` is, so that a seed means the same adapter on every device and in
     # every dtype; half-precision bases get float32 factors, because updates of an adapter are lost in bfloat16.
     dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
-    if like.is_meta:
+    if like.is_meta or _SHAPES_ONLY.get():
         return torch.empty(shape, dtype=dtype, device="meta")
     values = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the default device is
     generator = torch.Generator("cpu").manual_seed(key)
