@@ -1,20 +1,19 @@
 """An `nn.Module` over the pure functions, for all that expects a module: Trainer, Lightning, DDP, optimizers."""
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from peft_func.errors import AttributeRefusedError, ModuleRefusedError
+from peft_func.errors import ModuleRefusedError
 from peft_func.functional.containers import Container, NormContainer, Place, hold_buffer, hold_parameter
 from peft_func.functional.model import FunctionalModel, functionalize
 from peft_func.functional.skeleton import Skeleton
 from peft_func.functional.walk import resolve_modules
-from peft_func.training.attributes import attribute_of
+from peft_func.training.attributes import attribute_of, belongs_to
 from peft_func.training.pickling import packed, unpacked
+from peft_func.training.signature import class_for, written_class
 from peft_func.transforms.bind import Adapter, bind, check_tree
 from peft_func.transforms.transform import Method
 from peft_func.trees.keys import Key
@@ -67,7 +66,7 @@ class Adapted(nn.Module):
 
     def __new__(cls, net: nn.Module, *args: Any, **kwargs: Any) -> "Self":  # noqa: ARG004
         """Make an object of a class of its own for each class of nets: Trainer reads the signature of its forward."""
-        kind: type[Self] = _class_for(cls, type(net))
+        kind: type[Self] = class_for(cls, type(net), Adapted.forward)
         return super().__new__(kind)
 
     def __init__(self, net: nn.Module, method: Method, key: Key = 0, *, always_eval: Where | None = None) -> None:
@@ -171,7 +170,7 @@ class Adapted(nn.Module):
     def _set_mode(self, mode: bool = True) -> "Self":
         if mode in self._mixed:
             self._mixed.clear()
-            self._models.pop(mode)
+            self._models.pop(mode, None)
         for part in self.modules():
             part.training = mode
         if mode not in self._models:
@@ -210,18 +209,11 @@ class Adapted(nn.Module):
         return attribute_of(self, self._skeleton.root, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_skeleton" in vars(self) and name not in vars(self) and not hasattr(type(self), name):
-            root = self._skeleton.root
-            if any(name in registry for registry in (root._modules, root._parameters, root._buffers)):
-                raise AttributeRefusedError(
-                    f"{name!r} of {type(root).__name__} cannot be set through Adapted: what trains was chosen without "
-                    "it; set it on the net before pf.Adapted(net, ...)"
-                )
-            held = vars(root).get(name, inspect.getattr_static(type(root), name, callable))
-            if not name.startswith("_") and not callable(held):  # the net has it, such as `generation_config`
-                self.reshape_net(lambda net: setattr(net, name, value))
-                return
-        super().__setattr__(name, value)
+        own = "_skeleton" not in vars(self) or name in vars(self) or hasattr(type(self), name)
+        if not own and belongs_to(self._skeleton.root, name):
+            self.reshape_net(lambda net: setattr(net, name, value))
+        else:
+            super().__setattr__(name, value)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise ModuleRefusedError(
@@ -260,7 +252,7 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         method = packed(self.adapter, self.adapter.method)
-        return _from_pickle, (_general(type(self)), method, self._contents())
+        return _from_pickle, (written_class(type(self)), method, self._contents())
 
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.parameters())
@@ -285,32 +277,8 @@ def _kind(model: FunctionalModel, name: str) -> type[Container]:
     return NormContainer if any(issubclass(owner, nn.LayerNorm) for owner in owners) else Container
 
 
-def _general(cls: Any) -> Any:
-    """Return the class that was written, of one that `_class_for` made."""
-    return getattr(cls, "_written", cls)
-
-
-def _class_for(cls: Any, net: Any) -> Any:
-    return _subclass(_general(cls), net)
-
-
-@functools.cache
-def _subclass(cls: Any, net: Any) -> Any:
-    """Return a subclass whose forward has the signature of the net's."""
-    contents: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_written": cls}
-    if cls.forward is Adapted.forward:
-
-        def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
-            return Adapted.forward(self, *args, **kwargs)
-
-        forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
-        forward.__doc__ = Adapted.forward.__doc__
-        contents["forward"] = forward
-    return type(f"{cls.__name__}{net.__name__}", (cls,), contents)
-
-
 def _made(cls: type[Adapted], adapter: Adapter, trainable: Mapping[str, Any], always_eval: Sequence[str]) -> Any:
-    module = nn.Module.__new__(_class_for(cls, type(adapter.model._skeleton.root)))
+    module = nn.Module.__new__(class_for(cls, type(adapter.model._skeleton.root), Adapted.forward))
     module._build(adapter, trainable, always_eval)
     return module
 

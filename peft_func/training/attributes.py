@@ -60,6 +60,21 @@ def attribute_of(module: "Adapted", root: nn.Module, name: str) -> Any:
     return _call_of(module, name)
 
 
+def belongs_to(root: nn.Module, name: str) -> bool:
+    """Whether an attribute that is set is one of the net's, such as `generation_config`, and not the module's own.
+
+    Raises:
+        AttributeRefusedError: it is a tensor or a module of the net.
+    """
+    if any(name in registry for registry in (root._modules, root._parameters, root._buffers)):
+        raise AttributeRefusedError(
+            f"{name!r} of {type(root).__name__} cannot be set through Adapted: what trains was chosen without it; set "
+            "it on the net before pf.Adapted(net, ...)"
+        )
+    held = vars(root).get(name, inspect.getattr_static(type(root), name, callable))
+    return not name.startswith("_") and not callable(held)
+
+
 def _call_of(module: "Adapted", name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         output = module.model.method(name).with_state(module.weights(), module.state(), *args, **kwargs)[0]
