@@ -219,8 +219,8 @@ def _describe(method: Method) -> dict[str, Any]:
     if isinstance(method, Chain) and not isinstance(method, Deferred):
         return {"chain": [_describe(part) for part in method.parts], **named}
     if not isinstance(method, Part) or method.kind not in KINDS:
-        name = type(method).__name__ if method.name is None else repr(method.name)
-        raise OptionError(f"{name} is no single method of this library's, and no description can hold it")
+        what = f"{method.name!r} is a method of your own" if isinstance(method, Part) else f"a {type(method).__name__}"
+        raise OptionError(f"{what}, which no description can hold")
     usual = KINDS[method.kind](_Here())
     usually = {"name": usual.name, **(usual.options or {})}
     options = {"name": method.name, **(method.options or {}), **_patterns(method)}
