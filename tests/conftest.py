@@ -1,12 +1,15 @@
 """Settings of every test: a deterministic hypothesis profile, and no network."""
 
 import os
+import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # two processes of one machine meet there, whatever its name is
 torch.set_num_threads(1)  # the tests run in parallel processes; tiny models gain nothing from threads
 
 settings.register_profile(

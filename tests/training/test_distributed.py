@@ -85,8 +85,8 @@ def test_batch_statistics_are_shared_as_those_of_the_plain_module(tmp_path):
 def test_the_trainer_in_two_processes_is_the_trainer_in_one(tmp_path):
     alone = workers.run_trainer(tmp_path / "alone", 2 * workers.SHARE)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-        "tests.training.workers", str(tmp_path),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+        "--nproc-per-node=2", "-m", "tests.training.workers", str(tmp_path),
     ]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
