@@ -3,7 +3,7 @@
 The parts are found by structure, once the model is known; each preset is then an ordinary `pf.train`.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from peft_func.addins.structure import Structure, structure_of
@@ -30,8 +30,9 @@ class _Preset(Deferred, ABC):
         ]
         return chain(train(exact(names), name=self.part))
 
+    @abstractmethod
     def _modules(self, structure: Structure, model: FunctionalModel) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Return the paths of the modules that train."""
 
 
 @dataclass(frozen=True)
