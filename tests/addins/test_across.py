@@ -1,13 +1,12 @@
 """`pf.across`: an activation of one place at another, in one call."""
 
-import threading
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
+from tests.threads import wrong_answers
 from tests.zoo import randn
 
 
@@ -117,20 +116,7 @@ def test_nothing_survives_a_call_and_threads_do_not_meet():
     frozen, tree = adapter.init(0)
     inputs = [randn(2, 4, seed=i) for i in range(4)]
     weights = adapter.apply(frozen, tree)
-    expected = [model(weights, x) for x in inputs]
-    wrong = []
-
-    def work(i):
-        for _ in range(100):
-            if not torch.equal(model(weights, inputs[i]), expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not wrong_answers(lambda i: model(weights, inputs[i]), [model(weights, x) for x in inputs], times=100)
     assert not any("notes" in vars(module) for module in model._skeleton.root.modules())
 
 

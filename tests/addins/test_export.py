@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
+from tests.threads import wrong_answers
 from tests.zoo import ZOO, randn
 
 
@@ -145,19 +145,7 @@ def test_checkpointing_and_threads_with_an_across():
     call(x).square().sum().backward()
     assert torch.allclose(ours, x.grad)
     inputs = [randn(2, 4, seed=i) for i in range(4)]
-    expected, wrong = [module(value) for value in inputs], []
-
-    def work(i):
-        for _ in range(50):
-            if not torch.equal(module(inputs[i]), expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not wrong_answers(lambda i: module(inputs[i]), [module(value) for value in inputs], times=50)
 
 
 def test_a_hugging_face_net_keeps_its_class_and_methods():

@@ -1,6 +1,6 @@
 """Every sample through an adapter of its own is the loop over the samples."""
 
-import threading
+import functools
 
 import optree
 import pytest
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
 from tests.ensemble.side_by_side import SMALL, Many, perturbed
+from tests.threads import wrong_answers
 from tests.zoo import ZOO, ids, randn, seeded
 
 INDEX = [2, 0, -1, 2]
@@ -334,20 +335,8 @@ def test_checkpointing_inside_the_model(reentrant):
 def test_threads_with_different_batches():
     many, x = Many(mlp(), pf.lora(".*", rank=2)), randn(4, 5)
     expected = [many.looped(many.members, index, x) for index in INDICES[:4]]
-    wrong, barrier = [], threading.Barrier(4)
-
-    def work(i):
-        barrier.wait()
-        for _ in range(100):
-            if not torch.allclose(many.routed(many.stacked, INDICES[i], x), expected[i], atol=SMALL):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    near = functools.partial(torch.allclose, atol=SMALL)
+    assert not wrong_answers(lambda i: many.routed(many.stacked, INDICES[i], x), expected, 100, near)
 
 
 def test_a_base_that_was_cast():

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 from typing import Any, ClassVar
 
 import optree
@@ -140,20 +139,4 @@ class AddinLaws(Laws):
     @pytest.mark.parametrize("name", ["first", "last"])
     def test_15_threads(self, name):
         animal = list(self.CASES)[0 if name == "first" else -1]
-        case = Case(animal, self.CASES[animal][0], 11)
-        members = case.members(4)
-        expected = [case.call(tree) for tree in members]
-        wrong, barrier = [], threading.Barrier(4)
-
-        def work(i: int) -> None:
-            barrier.wait()
-            for _ in range(25):
-                if not torch.equal(case.call(members[i]), expected[i]):
-                    wrong.append(i)
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+        self.check_threads(Case(animal, self.CASES[animal][0], 11), times=25)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
+from tests.threads import wrong_answers
 from tests.zoo import ZOO, Animal, randn
 
 VALUES, GRADS = 1e-10, 1e-8
@@ -337,23 +337,11 @@ class Laws:
 
     @pytest.mark.parametrize("name", ["mlp", "shared", "bert"])
     def test_15_threads(self, name):
-        case = Case(name, self.method_on(name), 11)
+        self.check_threads(Case(name, self.method_on(name), 11), times=200 if name == "mlp" else 50)
+
+    def check_threads(self, case: Case, times: int) -> None:
         members = case.members(4)
-        expected = [case.call(tree) for tree in members]
-        wrong, barrier = [], threading.Barrier(4)
-
-        def work(i: int) -> None:
-            barrier.wait()
-            for _ in range(200 if name == "mlp" else 50):
-                if not torch.equal(case.call(members[i]), expected[i]):
-                    wrong.append(i)
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+        assert not wrong_answers(lambda i: case.call(members[i]), [case.call(tree) for tree in members], times)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     @given(st.data())

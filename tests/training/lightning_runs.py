@@ -3,6 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import peft_func as pf
 
-pl = pytest.importorskip("lightning.pytorch")
 F = nn.functional
 
 # Lightning's own use of torch, and hints about the speed of real runs.

@@ -15,7 +15,6 @@ from peft_func.errors import MissingExtraError
 from tests.test_rooms import ALONE
 from tests.training.lightning_runs import QUIET, Log, data, equal, loader, trainer
 
-pl = pytest.importorskip("lightning.pytorch")
 F = nn.functional
 ROOT = Path(__file__).parents[2]
 pytestmark = QUIET

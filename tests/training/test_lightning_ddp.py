@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lightning.pytorch")
-
 from tests.training.ddp_runs import EPOCHS, RUNS, WORLD, run
 from tests.training.lightning_runs import QUIET, equal
 

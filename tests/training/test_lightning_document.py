@@ -1,15 +1,15 @@
 """Every example of Lightning's document on transfer learning: its own modules with our callback, and our module."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import peft_func as pf
 from tests.training.lightning_runs import QUIET, Log, copy_of, equal, trainer
 
-pl = pytest.importorskip("lightning.pytorch")
-transformers = pytest.importorskip("transformers")
 F = nn.functional
 pytestmark = QUIET
 

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from torch.optim import lr_scheduler
 import peft_func as pf
 from tests.training.lightning_runs import QUIET, Batches, Log, WithNorm, copy_of, equal, loader, run_until, trainer
 
-pl = pytest.importorskip("lightning.pytorch")
 F = nn.functional
 pytestmark = QUIET
 

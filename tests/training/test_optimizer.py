@@ -5,6 +5,7 @@ import dataclasses
 import optree
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_func as pf
@@ -164,11 +165,10 @@ def test_adafactor_over_a_stacked_tree_mixes_members_and_says_so():
 def test_the_state_saves_splits_and_goes_on(tmp_path):
     opt, tree = pf.optimizer(OPTIM.AdamW, lr=0.1), a_tree()
     tree, state = opt.step(the_grads(tree), opt.init(tree), tree)
-    safetensors = pytest.importorskip("safetensors.torch")
     flat = {"/".join(keys): leaf for keys, leaf in leaves(state)}
-    safetensors.save_file(flat, tmp_path / "state.safetensors")
+    save_file(flat, tmp_path / "state.safetensors")
     back = {}
-    for name, value in safetensors.load_file(tmp_path / "state.safetensors").items():
+    for name, value in load_file(tmp_path / "state.safetensors").items():
         *outer, last = name.split("/")
         place = back
         for key in outer:
