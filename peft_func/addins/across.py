@@ -18,7 +18,7 @@ from peft_func.transforms.options import check_choice
 from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 
 SIDES = ("input", "output")
 
@@ -93,26 +93,21 @@ def _transform(
         if path == place.path and (taken, given) == ("output", "input"):
             raise OptionError(f"{name}: the output of {path!r} cannot change its own input")
     bodies = bodies_at(function, init, places, share=share)
-    model.hosts.add(sources)
-
-    def arounds(tree: Tree) -> list[Around]:
-        noting = [
-            Around(path, functools.partial(note, (name, path, taken), taken), {}, name, changes=False)
-            for path in sources
-        ]
-        using = [
-            Around(
-                place.path,
-                functools.partial(use, (name, path, taken), given, bodies.function(place)),
-                bodies.tree(tree, place),
-                name,
-            )
-            for place, path in zip(places, pairs, strict=True)
-        ]
-        # At one module, what is taken on the way in is taken outside, and what is taken on the way out inside.
-        return [*using, *noting] if taken == "input" else [*noting, *using]
-
-    return Transform(bodies.init, nothing, arounds=arounds)
+    noting = [
+        Site(path, functools.partial(note, (name, path, taken), taken), name, at(), changes=False) for path in sources
+    ]
+    using = [
+        Site(
+            place.path,
+            functools.partial(use, (name, path, taken), given, bodies.function(place)),
+            name,
+            at(bodies.key(place)),
+        )
+        for place, path in zip(places, pairs, strict=True)
+    ]
+    # At one module, what is taken on the way in is taken outside, and what is taken on the way out inside.
+    sites = [*using, *noting] if taken == "input" else [*noting, *using]
+    return Transform(bodies.init, nothing, sites=tuple(sites))
 
 
 def _paired(sources: Sequence[str], sinks: Sequence[str], name: str) -> Sequence[str]:

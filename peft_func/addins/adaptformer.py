@@ -11,7 +11,6 @@ to what that gives. Which it is shows in the call: whether a norm ran before the
 """
 
 import functools
-from collections.abc import Iterable
 from math import sqrt
 from typing import Any
 
@@ -35,7 +34,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 
@@ -117,13 +116,8 @@ def adaptformer(
                 }
             return tree
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            for path in paths:
-                for at, function, used in _functions(name, form, change, path, known.get(path)):
-                    yield Around(at, function, tree[path] if used else {}, name)
-
-        model.hosts.add(at for path in paths for at, *_ in _functions(name, form, change, path, known.get(path)))
-        return Transform(draw, nothing, arounds=arounds)
+        sites = (site for path in paths for site in _sites(name, form, change, path, known.get(path)))
+        return Transform(draw, nothing, sites=tuple(sites))
 
     return Part(blocks() if where is None else where, make, check_name(name), "adaptformer", options, modules=True)
 
@@ -139,22 +133,19 @@ def _ends(name: str, place: Place, block: Block | None, width: int | None) -> tu
     return block.width, block.width
 
 
-def _functions(
-    name: str, form: str, change: Change, path: str, block: Block | None
-) -> list[tuple[str, functools.partial[Any], bool]]:
-    """Return what is around which modules, and whether it uses the tensors of the place."""
+def _sites(name: str, form: str, change: Change, path: str, block: Block | None) -> list[Site]:
+    """Return what is around which modules."""
     if block is None or form == "sequential":
-        at = path if block is None else block.mlp or block.last or path
-        return [(at, functools.partial(adds, form, change), True)]
-    watching = [(at, functools.partial(_watch, path, "norm"), False) for at in block.norms]
-    watching += [(at, functools.partial(_watch, path, "attention"), False) for at in block.attentions]
+        place = path if block is None else block.mlp or block.last or path
+        return [Site(place, functools.partial(adds, form, change), name, at(path))]
+    watched = [(place, "norm") for place in block.norms] + [(place, "attention") for place in block.attentions]
     begins, ends = block.mlp or block.first or path, block.mlp or block.last or path
     joining = functools.partial(_join, name, path)
     return [
-        *watching,
-        (begins, functools.partial(_branch_off, name, path, change), True),
-        (ends, functools.partial(joining, "attention"), False),
-        (path, functools.partial(joining, "norm"), False),
+        *(Site(place, functools.partial(_watch, path, what), name, at(), changes=False) for place, what in watched),
+        Site(begins, functools.partial(_branch_off, name, path, change), name, at(path), changes=False),
+        Site(ends, functools.partial(joining, "attention"), name, at()),
+        Site(path, functools.partial(joining, "norm"), name, at()),
     ]
 
 

@@ -9,7 +9,7 @@ groups of heads are what they are; what it gives is added to what O gets.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import normal, split
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 
@@ -77,7 +77,6 @@ def adaption_prompt(where: Where, *, tokens: int = 10, tanh: bool = False, name:
         names = {place.path: takes_cache(place, name) for place in places}
         projections = {place.path: projections_of(place.module) for place in places}
         behind = {place.path: _behind(place) for place in places}
-        model.hosts.add(path for path in behind.values() if path is not None)
 
         def first_values(weights: Weights, key: int) -> Tree:
             tree: Tree = {}
@@ -87,14 +86,13 @@ def adaption_prompt(where: Where, *, tokens: int = 10, tanh: bool = False, name:
                 tree[place.path] = {"prompt": prompt, "gate": prompt.new_zeros(())}
             return tree
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            for path in paths:
-                if (last := behind[path]) is not None:
-                    yield Around(last, functools.partial(joined, path), {}, name)
-                function = functools.partial(gated, name, tanh, names[path], projections[path], last is None)
-                yield Around(path, function, tree[path], name)
-
-        return Transform(first_values, nothing, arounds=arounds)
+        sites = []
+        for path in paths:
+            if (last := behind[path]) is not None:
+                sites.append(Site(last, functools.partial(joined, path), name, at()))
+            function = functools.partial(gated, name, tanh, names[path], projections[path], last is None)
+            sites.append(Site(path, function, name, at(path)))
+        return Transform(first_values, nothing, sites=tuple(sites))
 
     return Part(where, make, name, "adaption_prompt", {"tokens": tokens, "tanh": tanh}, modules=True)
 

@@ -5,7 +5,7 @@ whose last axis holds the features. Bottlenecks are changes, and so are averages
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import split
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 Change: TypeAlias = Callable[[Mapping[str, Any], Tensor, Inner], Tensor]
@@ -78,12 +78,10 @@ def adding(
             common = {} if shared is None else {SHARED: shared(places, split(key, SHARED))}
             return common | {place.path: dict(init(place, split(key, place.path))) for place in places}
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            common = tree.get(SHARED, {}) if shared is not None else {}
-            function = functools.partial(adds, form, change)
-            return [Around(place.path, function, {**common, **tree[place.path]}, name) for place in places]
-
-        return Transform(draw, nothing, arounds=arounds)
+        function = functools.partial(adds, form, change)
+        common = () if shared is None else (SHARED,)
+        sites = (Site(place.path, function, name, at(*common, place.path)) for place in places)
+        return Transform(draw, nothing, sites=tuple(sites))
 
     return Part(where, make, check_name(name), kind, options, modules=True)
 
@@ -101,8 +99,8 @@ def check_features(h: Tensor, width: int, inner: Inner) -> None:
         )
 
 
-def change_of(around: Around) -> Change:
-    """Return the change in an around that `adding` made."""
-    assert isinstance(around.function, functools.partial)
-    change: Change = around.function.args[1]
+def change_of(site: Site) -> Change:
+    """Return the change at a site that `adding` made."""
+    assert isinstance(site.function, functools.partial)
+    change: Change = site.function.args[1]
     return change

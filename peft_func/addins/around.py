@@ -22,7 +22,7 @@ from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import split
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 Init: TypeAlias = Callable[[Place, int], Mapping[str, Any]]
@@ -150,10 +150,8 @@ def _transform(
     places = [place_at(model, path) for path in paths]
     bodies = bodies_at(function, init, places, share=share)
 
-    def arounds(tree: Tree) -> list[Around]:
-        return [Around(place.path, how(bodies.function(place)), bodies.tree(tree, place), name) for place in places]
-
-    return Transform(bodies.init, nothing, arounds=arounds)
+    sites = (Site(place.path, how(bodies.function(place)), name, at(bodies.key(place))) for place in places)
+    return Transform(bodies.init, nothing, sites=tuple(sites))
 
 
 class Bodies:
@@ -172,11 +170,6 @@ class Bodies:
     def function(self, place: Place) -> Function:
         """Return the function at a place."""
         return self._functions[self.key(place)]
-
-    def tree(self, tree: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
-        """Return the tensors at a place."""
-        own: Mapping[str, Any] = tree.get(self.key(place), {})
-        return own
 
     def init(self, weights: Weights, key: int) -> Tree:
         """Return the first values for all places."""

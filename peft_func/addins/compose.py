@@ -21,7 +21,7 @@ library's stack has N(z + u + d_b(N(z + u))), where u = d_a(N(z)).)
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from peft_func.transforms.transform import Chain, Deferred, Method, Part, Transf
 from peft_func.trees.keys import split
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where, exact
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site
 from peft_func.weights.mapping import Weights
 
 
@@ -200,16 +200,14 @@ def _mixed(where: Where, parts: Sequence[Part], kind: str, name: str, options: M
             }
             return trees | {kind: {path: leaves for path, leaves in mixing.items() if leaves}}
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            each = [_changes(transform, tree[one]) for one, transform in made.items()]
-            for place, *found in zip(places, *each, strict=True):
-                trees = {one: there for one, (_, there) in zip(made, found, strict=True)}
-                trees[kind] = tree.get(kind, {}).get(place.path, {})
-                changes = {one: change for one, (change, _) in zip(made, found, strict=True)}
-                change = functools.partial(mixed, mix.add, options, kind, changes)
-                yield Around(place.path, functools.partial(adds, forms[0], change), trees, name)
+        def site(path: str, *found: Site) -> Site:
+            own = dict(zip(made, found, strict=True))
+            change = functools.partial(mixed, mix.add, options, kind, {one: change_of(own[one]) for one in own})
+            pick = functools.partial(_picked, {one: own[one].pick for one in own}, kind, path)
+            return Site(path, functools.partial(adds, forms[0], change), name, pick)
 
-        return Transform(draw, nothing, arounds=arounds)
+        each = [transform.sites for transform in made.values()]
+        return Transform(draw, nothing, sites=tuple(map(site, paths, *each)))
 
     return Part(where, make, check_name(name), kind, {"methods": described, **options}, modules=True)
 
@@ -219,10 +217,11 @@ def _form(options: Mapping[str, Any]) -> str:
     return str(options["form"]) if "form" in options else _form(options["methods"][0]["options"])
 
 
-def _changes(transform: Transform, tree: Tree) -> list[tuple[Change, Mapping[str, Any]]]:
-    """Return what a part adds, and its tensors, place by place."""
-    found = () if transform.arounds is None else transform.arounds(tree)
-    return [(change_of(around), around.tree) for around in found]
+def _picked(
+    picks: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]], kind: str, path: str, tree: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the tensors of every adapter at a place, and those of what mixes them."""
+    return {**{one: pick(tree[one]) for one, pick in picks.items()}, kind: tree.get(kind, {}).get(path, {})}
 
 
 def mixed(

@@ -6,8 +6,7 @@ dropout that may follow. (In nets that normalise before F, the `adapters` librar
 """
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_func.addins.across import note, noted
@@ -23,7 +22,7 @@ from peft_func.functional.walk import Structural
 from peft_func.transforms.transform import Part, Transform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Selector, Where, as_selector
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 
 
 def parallel_adapter(where: Where | None = None, *, name: str = "parallel_adapter", **options: Any) -> Part:
@@ -57,17 +56,13 @@ def parallel_adapter(where: Where | None = None, *, name: str = "parallel_adapte
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
         transform = part.make(paths, model)
         sources = {last: first for first, last in _feed_forwards(model)}
-        model.hosts.add(sources[path] for path in paths)
-
-        def arounds(tree: Tree) -> Iterable[Around]:
-            assert transform.arounds is not None
-            for behind in transform.arounds(tree):
-                source = sources[behind.path]
-                key = (name, source, "input")
-                yield Around(source, functools.partial(note, key, "input"), {}, name, changes=False)
-                yield Around(behind.path, functools.partial(_beside, key, change_of(behind)), behind.tree, name)
-
-        return Transform(transform.init, transform.apply, arounds=arounds)
+        sites = []
+        for behind in transform.sites:
+            source = sources[behind.path]
+            key = (name, source, "input")
+            sites.append(Site(source, functools.partial(note, key, "input"), name, at(), changes=False))
+            sites.append(replace(behind, function=functools.partial(_beside, key, change_of(behind))))
+        return Transform(transform.init, transform.apply, sites=tuple(sites))
 
     described = {option: value for option, value in (part.options or {}).items() if option != "form"}
     return Part(places, make, name, "parallel_adapter", described, modules=True)

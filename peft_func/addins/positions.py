@@ -16,7 +16,7 @@ from peft_func.addins.arguments import by_name, holders, parameters_of, token_ma
 from peft_func.errors import AddinError, OptionError
 from peft_func.functional.surround import Inner
 from peft_func.trees.paths import Tree
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 
 Positions: TypeAlias = str | slice | Sequence[int] | Callable[[Tensor, Tensor], Tensor]
 """`"all"`, `"f3"`, `"l2"`, `"f3+l2"`, a slice or its text `"2:8"`, a list of numbers, or `(rank, count) -> bool`."""
@@ -84,7 +84,7 @@ class Tokens:
     """Tells the positions at places of a model, from what the modules around them were called with.
 
     Attributes:
-        noting: arounds that see these calls; they belong behind (outside) those of the places.
+        noting: sites that see these calls; they belong behind (outside) those of the places.
     """
 
     def __init__(self, positions: Any, mask: str, name: str, root: nn.Module, paths: Sequence[str]) -> None:
@@ -93,17 +93,17 @@ class Tokens:
         if positions != "all":
             self._at = {path: _taker(root, path) for path in paths}
             _check_batch_first(root, paths, name)
-        noted = [(at, MASK) for at in dict.fromkeys(self._at.values())]
+        noted = [(taker, MASK) for taker in dict.fromkeys(self._at.values())]
         noted += [("", mask)] if self._at and mask != MASK else []
         self.noting = [
-            Around(
-                at,
-                functools.partial(note_tokens, parameters_of(root.get_submodule(at)), which, name),
-                {},
+            Site(
+                taker,
+                functools.partial(note_tokens, parameters_of(root.get_submodule(taker)), which, name),
                 name,
+                at(),
                 changes=False,
             )
-            for at, which in noted
+            for taker, which in noted
         ]
 
     def at(self, path: str) -> Callable[[Tensor, Inner], tuple[Tensor, ...]]:
@@ -113,10 +113,10 @@ class Tokens:
 
 def _taker(root: nn.Module, path: str) -> str:
     """Return the nearest module around a place that takes tokens and their mask; the whole net if there is none."""
-    for at in holders(path):
-        names = parameters_of(root.get_submodule(at))
+    for holder in holders(path):
+        names = parameters_of(root.get_submodule(holder))
         if MASK in names and {"input_ids", "inputs_embeds", "pixel_values"}.intersection(names):
-            return at
+            return holder
     return ""
 
 

@@ -11,7 +11,7 @@ The prefix joins where a module adds its keys and values to a cache: Hugging Fac
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
 
@@ -32,7 +32,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import normal, split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 CACHE = "past_key_values"
@@ -102,8 +102,8 @@ def prefix_tuning(
         sizes = {place.path: width or _key_width(place, name) for place in places}
         table = sizes[places[0].path]
         names = {place.path: takes_cache(place, name) for place in places}
-        moving = {at: parameters_of(root.get_submodule(at)) for at in _position_takers(model, paths)} if shift else {}
-        model.hosts.add(moving)
+        takers = _position_takers(model, paths) if shift else []
+        moving = {taker: parameters_of(root.get_submodule(taker)) for taker in takers}
         if reparameterize is not None and SHARED in paths:
             raise OptionError(f"{name}: a module named {SHARED!r} cannot be a place: the tree has shared leaves there")
 
@@ -129,15 +129,10 @@ def prefix_tuning(
                 }
             return tree
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            shared = {SHARED: tree[SHARED]} if reparameterize is not None else {}
-            for path in paths:
-                function = functools.partial(prefixed, name, names[path])
-                yield Around(path, function, {**shared, **tree[path]}, name)
-            for at, own in moving.items():
-                yield Around(at, functools.partial(moved, own, tokens), {}, name)
-
-        return Transform(first_values, nothing, arounds=arounds)
+        common = () if reparameterize is None else (SHARED,)
+        sites = [Site(path, functools.partial(prefixed, name, names[path]), name, at(*common, path)) for path in paths]
+        sites += [Site(taker, functools.partial(moved, own, tokens), name, at()) for taker, own in moving.items()]
+        return Transform(first_values, nothing, sites=tuple(sites))
 
     return Part(where, make, name, "prefix_tuning", options, modules=True)
 
@@ -182,11 +177,11 @@ def _position_takers(model: FunctionalModel, paths: Sequence[str]) -> list[str]:
     """Return the nearest modules around attentions that take tokens, and their positions if there are any."""
     found: dict[str, None] = {}
     for path in paths:
-        for at in holders(path):
-            names = parameters_of(model._skeleton.root.get_submodule(at))
+        for holder in holders(path):
+            names = parameters_of(model._skeleton.root.get_submodule(holder))
             if "inputs_embeds" in names and "attention_mask" in names:
                 if "position_ids" in names:
-                    found[at] = None
+                    found[holder] = None
                 break
     return list(found)
 
@@ -215,12 +210,11 @@ def before_states(prefix: Tensor, states: Tensor) -> Tensor:
     return torch.cat([own.expand(batch, -1, -1, -1), states], 2)
 
 
-def prefix_of(tree: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def keys_and_values(tree: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the keys and the values `[tokens, width]` of a place."""
-    if SHARED not in tree:
+    if "prompt" not in tree:
         return tree["keys"], tree["values"]
-    shared = tree[SHARED]
-    h = torch.tanh(F.linear(shared["prompt"], shared["down"], shared["down_bias"]))
+    h = torch.tanh(F.linear(tree["prompt"], tree["down"], tree["down_bias"]))
     return F.linear(h, tree["keys"], tree["keys_bias"]), F.linear(h, tree["values"], tree["values_bias"])
 
 
@@ -229,7 +223,7 @@ def prefixed(name: str, names: Sequence[str], tree: Tree, inner: Inner, *args: A
     given = by_name(names, args, kwargs)
     if any(given.get(other) is not None for other in ("encoder_hidden_states", "key_value_states")):
         raise AddinError(f"{name}: {inner.path!r} attends to another sequence; choose self-attentions only")
-    keys, values = prefix_of(tree)
+    keys, values = keys_and_values(tree)
     cache = given.get(CACHE)
     cache = getattr(cache, "self_attention_cache", cache)  # of an encoder and a decoder
     h = given[names[0]]

@@ -10,7 +10,7 @@ The prompts come in where a module takes token ids or their embeddings (Hugging 
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
 
@@ -30,7 +30,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import normal, split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 INITS = ("sample", "normal")
@@ -109,26 +109,22 @@ def prompt_tuning(
             raise OptionError(f"{name}: {', '.join(paths[:4])}: prompts stand before one embedding; choose one")
         place = place_at(model, paths[0])
         table = _table(place, model, name)
-        at, root = _entrance(place, model, name)
-        names = parameters_of(model._skeleton.root.get_submodule(at))
+        entrance, root = _entrance(place, model, name)
+        names = parameters_of(model._skeleton.root.get_submodule(entrance))
         # An encoder keeps the prompts: its decoder attends to them, and its mask has to say so.
         keeps = keep or root is not None
-        lookup = _inside(place.path, at, model, name)
+        lookup = _inside(place.path, entrance, model, name)
         entering = functools.partial(prompted, name, lookup, names, tokens, after, keeps)
         outer = [] if root is None else [functools.partial(longer_mask, name, root, tokens, after)]
         own = parameters_of(model._skeleton.root)
         if root is None and keep:
             outer = [functools.partial(longer_labels, own, tokens, after)]
-        model.hosts.add([at, ""] if outer else [at])
 
         def first_values(weights: Weights, key: int) -> Tree:
             return {place.path: _first_values(options, table, split(key, place.path))}
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            inside = Around(at, entering, tree[place.path], name)
-            return [inside, *(Around("", function, {}, name) for function in outer)]
-
-        return Transform(first_values, nothing, arounds=arounds)
+        sites = (Site(entrance, entering, name, at(place.path)), *(Site("", each, name, at()) for each in outer))
+        return Transform(first_values, nothing, sites=sites)
 
     return Part(where, make, name, "prompt_tuning", options, modules=True)
 
@@ -153,13 +149,13 @@ def _table(place: Place, model: FunctionalModel, name: str) -> Tensor:
 def _entrance(place: Place, model: FunctionalModel, name: str) -> tuple[str, tuple[str, ...] | None]:
     """Return the module that takes embeddings, and if it is an encoder, what the whole net takes."""
     root = model._skeleton.root
-    for at in holders(place.path):
-        names = parameters_of(root.get_submodule(at))
+    for holder in holders(place.path):
+        names = parameters_of(root.get_submodule(holder))
         if "inputs_embeds" in names and "attention_mask" in names:
             if "decoder_input_ids" not in names:
                 whole = parameters_of(root)
-                return at, whole if "decoder_input_ids" in whole else None
-            encoder = f"{at}.encoder".lstrip(".")
+                return holder, whole if "decoder_input_ids" in whole else None
+            encoder = f"{holder}.encoder".lstrip(".")
             if "inputs_embeds" in parameters_of(root.get_submodule(encoder)):
                 return encoder, parameters_of(root)
     raise OptionError(

@@ -10,7 +10,7 @@ stands for itself. As in the paper, edits are there from the start; `init="ident
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import Any
 
@@ -32,7 +32,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import normal, split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 INITS = ("default", "identity")
@@ -186,7 +186,6 @@ def _reft(where: Where, edit: Edit, leaves: Leaves, options: dict[str, Any], nam
         for path, size in sizes.items():
             check_rank(name, path, options["rank"], (size, size))
         tokens = Tokens(positions, options["mask"], name, model._skeleton.root, paths)
-        model.hosts.add(around.path for around in tokens.noting)
 
         def draw(place: Place, key: int) -> Tree:
             return dict(leaves(options["rank"], sizes[place.path], options["init"], key, place.like))
@@ -200,14 +199,11 @@ def _reft(where: Where, edit: Edit, leaves: Leaves, options: dict[str, Any], nam
                 )
             return tree
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            edits = [
-                Around(path, functools.partial(edited, edit, tokens.at(path), options["dropout"]), tree[path], name)
-                for path in paths
-            ]
-            return [*edits, *tokens.noting]
-
-        return Transform(first_values, nothing, arounds=arounds)
+        edits = (
+            Site(path, functools.partial(edited, edit, tokens.at(path), options["dropout"]), name, at(path))
+            for path in paths
+        )
+        return Transform(first_values, nothing, sites=(*edits, *tokens.noting))
 
     own = not callable(positions)
     return Part(where, make, name, kind if own else None, options if own else None, modules=True)

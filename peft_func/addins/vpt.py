@@ -9,7 +9,6 @@ again, so heads that pool over all tokens see those of the image only. This is n
 """
 
 import functools
-from collections.abc import Iterable
 from math import sqrt
 from typing import Any
 
@@ -34,7 +33,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 
@@ -113,26 +112,22 @@ def vpt(
             path: known[path].width if path in known else widths(place_at(model, path), name, width)[0]
             for path in owners
         }
+        bounds = {path: _bound(model, size, name) if bound is None else bound for path, size in sizes.items()}
 
         def draw(weights: Weights, key: int) -> Tree:
             tree: Tree = {}
             for path, size in sizes.items():
-                spread = _bound(model, size, name) if bound is None else bound
                 like = place_at(model, path).like
-                tree[path] = {"prompt": uniform((tokens, size), spread, split(split(key, path), "prompt"), like)}
+                own = split(split(key, path), "prompt")
+                tree[path] = {"prompt": uniform((tokens, size), bounds[path], own, like)}
             return tree
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            for path in span:
-                how = ("insert" if path == paths[0] else "replace") if path in owners else None
-                leaves = path == paths[-1] and not keep
-                function = functools.partial(prompted, how, leaves, before, tokens, dropout)
-                yield Around(path, function, tree.get(path, {}), name)
+        def site(path: str) -> Site:
+            how = ("insert" if path == paths[0] else "replace") if path in owners else None
+            leaves = path == paths[-1] and not keep
+            return Site(path, functools.partial(prompted, how, leaves, before, tokens, dropout), name, at(path))
 
-        span = _span(model, paths)
-        model.hosts.add(span)
-        draw(Weights(model.params, model.params, model.layouts), 0)  # says now if the bound is unknown
-        return Transform(draw, nothing, arounds=arounds)
+        return Transform(draw, nothing, sites=tuple(map(site, _span(model, paths))))
 
     return Part(blocks() if where is None else where, make, check_name(name), "vpt", options, modules=True)
 

@@ -10,7 +10,6 @@ of all blocks goes to the head, which has a part W of its own for it, zero at th
 
 import functools
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -36,7 +35,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site, at
 from peft_func.weights.mapping import Weights
 
 _HEADS = re.compile(r"(num|n)_(attention_)?heads?|heads")
@@ -110,14 +109,12 @@ def vqt(
             zero = uniform((classes, features), 0.0, 0, place_at(model, top).like)
             return tree | {top: {"weight": torch.zeros_like(zero)}}
 
-        def arounds(tree: Tree) -> Iterable[Around]:
-            for path, block in known.items():
-                yield Around(block.attention, functools.partial(answer, name, path, plain[path]), {}, name)
-                yield Around(path, functools.partial(ask, name, path, pool), tree[path], name)
-            yield Around(top, functools.partial(tell, name, tuple(known)), tree[top], name)
-
-        model.hosts.add([*(block.attention for block in known.values()), top])
-        return Transform(draw, nothing, options=options | {"head": top}, arounds=arounds)
+        sites = []
+        for path, block in known.items():
+            sites.append(Site(block.attention, functools.partial(answer, name, path, plain[path]), name, at()))
+            sites.append(Site(path, functools.partial(ask, name, path, pool), name, at(path)))
+        sites.append(Site(top, functools.partial(tell, name, tuple(known)), name, at(top)))
+        return Transform(draw, nothing, options=options | {"head": top}, sites=tuple(sites))
 
     return Part(blocks() if where is None else where, make, check_name(name), "vqt", options, modules=True)
 

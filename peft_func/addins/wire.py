@@ -24,7 +24,7 @@ from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import split
 from peft_func.trees.paths import Tree, insert
 from peft_func.trees.select import exact, nearest
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site
 from peft_func.weights.mapping import Weights
 
 _SERIAL = itertools.count()
@@ -189,14 +189,15 @@ def _make(
                 insert(tree, own, {leaf.removeprefix("addin."): tensor for leaf, tensor in leaves.items()})
         return tree
 
-    def arounds(tree: Tree) -> list[Around]:
-        every = {str(i): tree.get(kind, {}).get(place, {}) for i, (kind, place) in enumerate(keys)}
-        return [
-            Around(path, functools.partial(run_hooks, tuple(own)), {hook.key: every[hook.key] for hook in own}, name)
-            for path, own in hooks.items()
-        ]
+    def site(path: str, own: list[Hook]) -> Site:
+        places = {hook.key: keys[int(hook.key)] for hook in own}
+        return Site(path, functools.partial(run_hooks, tuple(own)), name, functools.partial(_picked, places))
 
-    return Transform(init, nothing, arounds=arounds)
+    return Transform(init, nothing, sites=tuple(site(path, own) for path, own in hooks.items()))
+
+
+def _picked(places: Mapping[str, tuple[str, str]], tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tree.get(name, {}).get(place, {}) for key, (name, place) in places.items()}
 
 
 def _unused(path: str, used: list[str]) -> str:

@@ -104,7 +104,7 @@ class Adapter:
                 tree, held = self._init(meta, 0)
         except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError):
             tree, held = self._init(model.params, 0)
-        self.arounds = any(part.transform.arounds is not None for part in self.parts)
+        self.arounds = any(part.transform.sites for part in self.parts)
         self.spec = {keys: tuple(tensor.shape) for keys, tensor in leaves(tree)}
         self.held = frozenset(held)
         self._frozen_names = frozenset(model.params) - self.held
@@ -153,16 +153,9 @@ class Adapter:
         return weights
 
     def surroundings(self, trainable: Mapping[str, Any]) -> list[Around]:
-        """Return the functions around modules that `apply` puts into the weights, with the tensors of a tree.
-
-        Nothing is computed with these: they may have further leading axes.
-        """
-        return [
-            around
-            for part in self.parts
-            if part.transform.arounds is not None
-            for around in part.transform.arounds(part.subtree(trainable))
-        ]
+        """Return the functions around modules that `apply` puts into the weights, with the tensors of a tree."""
+        trees = ((part.transform.sites, part.subtree(trainable)) for part in self.parts)
+        return [site.around(tree) for sites, tree in trees for site in sites]
 
     def _init(self, params: Mapping[str, Tensor], key: int) -> tuple[Tree, set[str]]:
         tree: Tree = {}
@@ -207,8 +200,8 @@ class Adapter:
 
 def _step(part: BoundPart, tree: Tree, weights: Weights) -> Weights:
     """Apply one part to the weights that it sees, and to no others."""
-    if part.transform.arounds is not None:
-        return weights.surrounded(part.transform.arounds(tree))
+    if part.transform.sites:
+        return weights.surrounded(site.around(tree) for site in part.transform.sites)
     changes = part.transform.apply(tree, weights.restrict(part.seen))
     if not isinstance(changes, Mapping):
         raise TreeError(f"{join(part.keys)}: apply gave a {type(changes).__name__}; it gives a dict of new weights")
@@ -254,8 +247,9 @@ def _bound(method: Method, model: FunctionalModel, prefix: Keys) -> Iterator[Bou
     else:
         paths = method.resolve(model)
         if method.modules:
-            model.hosts.add(paths)
-            yield BoundPart((*prefix, method.name), method, (), (), method.make(paths, model), paths)
+            transform = method.make(paths, model)
+            model.hosts.add(site.path for site in transform.sites)
+            yield BoundPart((*prefix, method.name), method, (), (), transform, paths)
             return
         seen = paths if method.also is None else tuple(dict.fromkeys((*paths, *method.also(paths, model))))
         yield BoundPart((*prefix, method.name), method, paths, seen, method.make(paths, model))

@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ from peft_func.functional.model import FunctionalModel
 from peft_func.functional.walk import resolve_modules, settled
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Info, Where, as_selector, resolve
-from peft_func.weights.around import Around
+from peft_func.weights.around import Site
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Matrix
 from peft_func.weights.operator import Operator
@@ -32,14 +32,14 @@ class Transform:
         apply: `(tree, weights) -> changes`: the weights that change, by name.
         holds: `tree -> {name: tensor}`: base weights that live in the tree itself (they train), or None.
         options: those of the constructor as JSON, where binding made them more definite, for files.
-        arounds: `tree -> [Around, ...]`: functions around calls of modules (see `pf.around`), or None.
+        sites: functions around calls of modules (see `pf.around`); a transform that has some changes no weight.
     """
 
     init: Callable[[Weights, int], Tree]
     apply: Callable[[Tree, Weights], Changes]
     holds: Callable[[Tree], Mapping[str, Tensor]] | None = None
     options: dict[str, Any] | None = None
-    arounds: Callable[[Tree], Iterable[Around]] | None = None
+    sites: tuple[Site, ...] = ()
 
 
 Make: TypeAlias = Callable[[tuple[str, ...], FunctionalModel], Transform]
