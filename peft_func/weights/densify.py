@@ -43,6 +43,11 @@ def densify(policy: Policy) -> Iterator[None]:
         _policy.reset(token)
 
 
+def forming_is_an_error() -> bool:
+    """Whether the policy forbids to form a weight."""
+    return _policy.get() == "error"
+
+
 def note_densified(path: str, reason: str) -> None:
     """Apply the policy to one weight that is about to be formed.
 

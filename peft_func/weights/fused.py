@@ -1,25 +1,54 @@
-"""`x W^T + b + s (x A^T) B^T` with the second product accumulated into the first.
+"""`g (x W^T + s (x A^T) B^T) + b` with one base product, and never a gradient of the size of W.
 
-Adding the branch separately reads and writes the wide activation once more, and scales it; here the scale is folded
-into the product. It is an in-place product on a tensor that nobody else has, of plain autograd operators, so it can be
-differentiated twice and checkpointed. It is only for plain eager mode: `vmap` refuses to write what it maps into what
-it does not, autocast leaves in-place products alone, and compile fuses by itself.
+    composed   plain operators, the branch accumulated into the base product
+    factored   an autograd Function over the same products
+    formed     an autograd Function that forms V = W + s B A in forward, and again in backward: x V^T
+
+Which is used is chosen for each product (`peft_func.weights.graph`). The Functions save x itself, which the query, key
+and value of a layer share, and u = x A^T where it is small. With v = s (g dy) B, backward is that of Hu et al. (arXiv
+2106.09685): dB = s (g dy)^T u, dA = v^T x, dx = (g dy) W + v A.
+
+Products with a narrow side are several times slower where that side comes last and has strides; so B is copied to
+`[rank, out]`, and dB is `(u^T dy)^T`: at rank 8 these take a half to a fifth of the time.
+
+All this is for plain eager mode: functorch and compile get the composed form of `peft_func.weights.matrix`, which they
+map, differentiate and fuse on their own; autocast too, which leaves in-place products alone.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_func.weights.graph import Choice, Graph, Shape, choose
 
-def can_accumulate(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the branch may be accumulated: one base matrix, one dtype, outside of transforms and autocast.
+SMALLEST_GAIN = 1 / 64
 
-    The factors may be single matrices, or one for each slice of `x` `[count, n, in]`.
+
+class Branch(NamedTuple):
+    """The low-rank part of a product.
+
+    Attributes:
+        A: `[rank, in]`, or `[count, rank, in]`: one for each slice of an activation `[count, n, in]`.
+        B: `[out, rank]`, or `[count, out, rank]`.
+        scale: s.
+        dropped: what it acts on, if that is not the activation itself.
     """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropped: Tensor | None = None
+
+
+def can_fuse(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor) -> bool:
+    """Whether the product may be fused: one base matrix, fitting dtypes, outside of transforms and autocast."""
     return (
-        W.dim() == 2
+        (W is None or (W.dim() == 2 and x.dtype == W.dtype))
         and (A.dim() == B.dim() == 2 or (x.dim() == 3 and A.dim() == B.dim() == 3 and len(A) == len(B) == len(x)))
-        and x.dtype == W.dtype == A.dtype == B.dtype
+        and A.dtype == B.dtype
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not under_autocast(x.device)
@@ -31,24 +60,253 @@ def under_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def accumulate(
-    x: Tensor, dropped: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
-) -> Tensor:
-    """Return `x W^T + bias + scale (dropped A^T) B^T`: `[*, in]` to `[*, out]`.
+def linear(x: Tensor, W: Tensor, bias: Tensor | None, branch: Branch, gain: Tensor | None = None) -> Tensor:
+    """Return `gain * (x W^T + branch) + bias`, `[*, in]` to `[*, out]`, where `can_fuse` says so.
 
     Args:
-        x: what the base acts on, `[*, in]`.
-        dropped: what the branch acts on, `[*, in]`: `x`, or `x` after dropout.
+        x: `[*, in]`.
         W: `[out, in]`.
         bias: `[out]`, or None.
-        A: `[rank, in]`, or `[count, rank, in]`.
-        B: `[out, rank]`, or `[count, out, rank]`.
-        scale: `s`.
+        branch: the low-rank part.
+        gain: `[out]`, or None.
     """
-    if A.dim() == 3:
-        inner = torch.bmm(A, dropped.mT).mT  # a third faster on the CPU than dropped A^T
-        return F.linear(x, W, bias).baddbmm_(inner, B.mT, alpha=scale)
-    # Two dimensions from the start: an in-place product on a view would make autograd copy slices.
-    y = F.linear(x.reshape(-1, x.shape[-1]), W, bias)
-    inner = F.linear(dropped.reshape(-1, x.shape[-1]), A)
-    return y.addmm_(inner, B.t(), alpha=scale).view(*x.shape[:-1], W.shape[0])
+    if branch.A.dim() == 3:
+        return _gained(_accumulated_slices(x, W, bias if gain is None else None, branch), gain, bias)
+    return _run(x, W, bias, branch, gain, choose(_shape(x, W, branch)))
+
+
+def input_side(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch) -> Tensor:
+    """Return `(x + branch) W^T + bias`, where `can_fuse` says so; without W, that is x + branch."""
+    if branch.A.dim() == 3:
+        y = _accumulated_slices(x, None, None, branch)
+    else:
+        choice = choose(_shape(x, W, branch, input_side=True))
+        if W is not None and choice.graph is Graph.FORMED:
+            return _run(x, W, bias, branch._replace(B=torch.mm(W, branch.B)), None, choice)
+        y = _run(x, None, None, branch, None, choice)
+    return y if W is None else F.linear(y, W, bias)
+
+
+def _shape(x: Tensor, W: Tensor | None, branch: Branch, *, input_side: bool = False) -> Shape:
+    A, B = branch.A, branch.B
+    grad = torch.is_grad_enabled()
+    return Shape(
+        tokens=x.numel() // A.shape[1],
+        inputs=A.shape[1],
+        outputs=len(B if W is None else W),
+        rank=len(A),
+        trains=grad and (A.requires_grad or B.requires_grad),
+        needs_input=grad and x.requires_grad,
+        may_form=W is not None and branch.dropped is None and W.dtype == A.dtype and A.dtype.itemsize >= 4,
+        input_side=input_side,
+    )
+
+
+def _run(
+    x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch, gain: Tensor | None, choice: Choice
+) -> Tensor:
+    A, B, scale, dropped = branch
+    formed = choice.graph is Graph.FORMED
+    # Where A is frozen (LoRA-FA), autograd itself need not keep x.
+    plain = not A.requires_grad or not torch.is_grad_enabled() or (W is not None and W.requires_grad)
+    if choice.graph is Graph.COMPOSED or plain:
+        y = _gained(_composed(x, W, bias if gain is None else None, branch, formed=formed), gain, bias)
+    else:
+        y = _fused(x, dropped, W, bias, gain, A, B, scale, formed, choice.keeps)[0]
+    return y.view(*x.shape[:-1], len(B))
+
+
+def _composed(
+    x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch, *, formed: bool = False, in_place: bool = True
+) -> Tensor:
+    """Return `x W^T + bias + branch` in two dimensions, which an in-place product has to have from the start."""
+    A, B, scale, dropped = branch
+    x = x.reshape(-1, A.shape[1])
+    if formed and W is not None:
+        return F.linear(x, torch.addmm(W, B, A, alpha=scale), bias)
+    u = F.linear((x if dropped is None else dropped.reshape(x.shape)).to(A.dtype), A)
+    if x.dtype != A.dtype:
+        y = x if W is None else F.linear(x, W, bias)
+        return y + (F.linear(u, B) * scale).to(y.dtype)
+    if W is None or not in_place:
+        return torch.addmm(x if W is None else F.linear(x, W, bias), u, B.t(), alpha=scale)
+    return F.linear(x, W, bias).addmm_(u, B.t(), alpha=scale)
+
+
+def _accumulated_slices(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch) -> Tensor:
+    A, B, scale, dropped = branch
+    z = (x if dropped is None else dropped).to(A.dtype)
+    u = torch.bmm(A, z.mT).mT  # a third faster on the CPU than x A^T
+    y = x if W is None else F.linear(x, W, bias)
+    if y.dtype != u.dtype:
+        return y + (torch.bmm(u, B.mT) * scale).to(y.dtype)
+    return torch.baddbmm(y, u, B.mT, alpha=scale) if W is None else y.baddbmm_(u, B.mT, alpha=scale)
+
+
+def _gained(y: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    if gain is None:
+        return y
+    y = (y * gain).to(y.dtype)
+    return y if bias is None else y + bias
+
+
+class LowRankLinear(torch.autograd.Function):
+    """The factored and the formed graph: y `[tokens, out]`, and what is kept for backward: u, and y before the gain.
+
+    What is before the gain is as wide as y. It is not kept where it can be computed from y, which the next operator of
+    a model mostly keeps in any case. Such an alias would keep its memory under hooks for saved tensors (checkpoints
+    among them), and is of no use once the model has written to y: see `_before_gain`.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, dropped: Tensor | None, W: Tensor | None, bias: Tensor | None, gain: Tensor | None,
+        A: Tensor, B: Tensor, scale: float, formed: bool, keeps: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Compute y."""
+        x = x.reshape(-1, A.shape[1])
+        if formed and W is not None:
+            return F.linear(x, _formed(W, A, B, scale, gain), bias), None, None
+        u = _narrow(x if dropped is None else dropped.reshape(x.shape), A)
+        y = x if W is None else F.linear(x, W, bias if gain is None else None)
+        y = _plus(y, u, _turned(B, scale), fresh=W is not None)
+        kept = u if keeps else None
+        if gain is None:
+            return y, kept, None
+        before = None if _may_alias(y, bias) else y.clone()
+        y.mul_(gain)
+        return y if bias is None else y.add_(bias), kept, before
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep what backward needs."""
+        x, dropped, W, bias, gain, A, B, ctx.scale, ctx.formed, _ = inputs
+        y, *kept = output
+        ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, dropped, W, bias, gain, A, B, *kept)
+        ctx.save_for_forward(x, dropped, W, bias, gain, A, B)
+        if gain is not None and kept[1] is None:
+            ctx.y = y.detach()
+            ctx.version = ctx.y._version
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        """Return the gradients, by the factors."""
+        if dy is None:
+            return (None,) * 10
+        saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        x, dropped, W, _, gain, A, B, u, _ = saved
+        wants, scale = ctx.needs_input_grad, ctx.scale
+        z = (x if dropped is None else dropped).reshape(-1, A.shape[1])
+        dx = d_dropped = dA = dB = d_bias = d_gain = None
+        if wants[3]:
+            d_bias = dy.sum(0)
+        if wants[4]:
+            d_gain = _gain_gradient(ctx, dy, saved)
+        wide = dy.to(A.dtype)
+        if wants[5] or wants[1] or (wants[0] and not ctx.formed):
+            v = torch.mm(wide, _turned(B if gain is None else B * gain.unsqueeze(1).to(B.dtype), scale).t())
+        if wants[5]:
+            dA = torch.mm(v.t(), z.to(A.dtype))
+        if wants[6]:
+            # A graph of this backward needs u as a function of x and A.
+            u = _narrow(z, A) if u is None or torch.is_grad_enabled() else u
+            dB = torch.mm(u.t(), wide).t()
+            dB = (dB if gain is None else dB * gain.unsqueeze(1).to(dB.dtype)).mul(scale).contiguous()
+        if wants[0] and ctx.formed:
+            dx = torch.mm(dy, _formed(W, A, B, scale, gain)).view(x.shape)
+        elif wants[0]:
+            dx = dy if gain is None else (dy * gain).to(dy.dtype)
+            dx = dx if W is None else torch.mm(dx, W)
+            dx = (dx if dropped is not None else _plus(dx, v, A, fresh=W is not None)).view(x.shape)
+        if wants[1]:
+            d_dropped = torch.mm(v, A).to(dropped.dtype).view(x.shape)
+        return dx, d_dropped, None, d_bias, d_gain, dA, dB, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Return the tangent of y, which is linear in each of its inputs."""
+        x, dropped, W, _, gain, A, B = ctx.saved_tensors
+        d_x, d_dropped, d_W, d_bias, d_gain, d_A, d_B, *_ = tangents
+        flat = (-1, A.shape[1])
+        z, d_z = (x, d_x) if dropped is None else (dropped, d_dropped)
+        terms = [] if d_x is None else [d_x.reshape(flat) if W is None else F.linear(d_x.reshape(flat), W)]
+        if d_W is not None:
+            terms.append(F.linear(x.reshape(flat), d_W))
+        for z_, A_, B_ in ((d_z, A, B), (z, d_A, B), (z, A, d_B)):
+            if z_ is not None and A_ is not None and B_ is not None:
+                terms.append((F.linear(_narrow(z_.reshape(flat), A_), B_) * ctx.scale).to(x.dtype))
+        dy = sum(terms) if gain is None else sum(terms) * gain
+        if d_gain is not None:
+            dy = dy + _composed(x, W, None, Branch(A, B, ctx.scale, dropped)) * d_gain
+        dy = dy if d_bias is None else dy + d_bias
+        return (
+            (dy.to(x.dtype) if isinstance(dy, Tensor) else x.new_zeros(z.reshape(flat).shape[0], B.shape[0])),
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(_: Any, in_dims: Any, *args: Any) -> Any:
+        """Map the composed form."""
+        return (torch.vmap(_unfused, in_dims)(*args), None, None), (0, None, None)
+
+
+_fused: Callable[..., Any] = LowRankLinear.apply
+
+
+def _unfused(
+    x: Tensor, dropped: Tensor | None, W: Tensor | None, bias: Tensor | None, gain: Tensor | None,
+    A: Tensor, B: Tensor, scale: float, *_: Any,
+) -> Tensor:  # fmt: skip
+    y = _composed(x, W, bias if gain is None else None, Branch(A, B, scale, dropped), in_place=False)
+    return _gained(y, gain, bias)
+
+
+def _narrow(x: Tensor, A: Tensor) -> Tensor:
+    """Return u = x A^T in the dtype of the factors."""
+    return F.linear(x.to(A.dtype), A)
+
+
+def _turned(B: Tensor, scale: float) -> Tensor:
+    """Return `s B^T` without strides."""
+    turned = B.t().contiguous()
+    return turned if scale == 1.0 else turned * scale
+
+
+def _plus(y: Tensor, u: Tensor, right: Tensor, *, fresh: bool) -> Tensor:
+    """Return `y + u right`, into y if nobody else has it."""
+    if y.dtype != u.dtype:
+        product = torch.mm(u, right)
+        return y.add_(product) if fresh else (y + product).to(y.dtype)
+    return y.addmm_(u, right) if fresh else torch.addmm(y, u, right)
+
+
+def _formed(W: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None) -> Tensor:
+    V = torch.addmm(W, B, A, alpha=scale)
+    return V if gain is None else V.mul_(gain.unsqueeze(1))
+
+
+def _may_alias(y: Tensor, bias: Tensor | None) -> bool:
+    """Whether what is before the gain may come from y: no hooks for saved tensors, no bias in half precision."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None and (bias is None or y.dtype.itemsize >= 4)
+
+
+def _gain_gradient(ctx: Any, dy: Tensor, saved: Any) -> Tensor:
+    """Return the gradient of the gain: the sum of dy times what is before the gain.
+
+    That is `(y - bias) / gain`, unless y has been written to since, a gain is so small that the division would magnify
+    rounding, or a graph of this backward is wanted, for which y is no function of the inputs; then, computed again.
+    """
+    x, dropped, W, bias, gain, A, B, _, before = saved
+    y, ctx.y = getattr(ctx, "y", None), None
+    differentiable = torch.is_grad_enabled()
+    untouched = y is not None and y._version == ctx.version and not differentiable
+    if y is not None and untouched and bool(gain.abs().amin() >= SMALLEST_GAIN):
+        before = (y if bias is None else y - bias) / gain
+    elif before is None or differentiable:
+        before = _composed(x, W, None, Branch(A, B, ctx.scale, dropped))
+    found: Tensor = (dy * before).sum(0).to(gain.dtype)
+    return found

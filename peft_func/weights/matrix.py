@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_func.errors import TreeError
-from peft_func.weights.fused import accumulate, can_accumulate
+from peft_func.weights import fused
 
 # Rows of a matrix: a slice of them, or an int64 tensor [n].
 Rows: TypeAlias = slice | Tensor
@@ -210,6 +210,10 @@ class LowRank(Matrix):
         """Drop some of what it acts on, if it has dropout."""
         return F.dropout(x, self.dropout) if self.dropout > 0.0 else x
 
+    def branch(self, x: Tensor) -> fused.Branch:
+        """Return it as the low-rank part of a fused product."""
+        return fused.Branch(self.A, self.B, self.scale, F.dropout(x, self.dropout) if self.dropout > 0.0 else None)
+
 
 class Composite(Matrix):
     """A matrix made of matrices, which its constructor takes in order."""
@@ -246,6 +250,9 @@ class IdentityPlus(Composite):
         self.shape = inner.shape
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        match self.inner:
+            case LowRank(A=A, B=B) as low if fused.can_fuse(x, None, A, B):
+                return _add(fused.input_side(x, None, None, low.branch(x)), bias)
         return _add(x + self.inner.linear(x).to(x.dtype), bias)
 
     @property
@@ -268,8 +275,8 @@ class Sum(Composite):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         match self.left, self.right:
-            case Dense(tensor=W), LowRank(A=A, B=B) as low if can_accumulate(x, W, A, B):
-                return accumulate(x, low.drop(x), W, bias, A, B, low.scale)
+            case Dense(tensor=W), LowRank(A=A, B=B) as low if fused.can_fuse(x, W, A, B):
+                return fused.linear(x, W, bias, low.branch(x))
         y = self.left.linear(x, bias)
         return y + self.right.linear(x).to(y.dtype)  # autocast gives the two sides different dtypes
 
@@ -305,6 +312,13 @@ class Product(Composite):
         self.shape = (*batch, left.shape[-2], right.shape[-1])
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        match self.left, self.right:
+            case Diagonal(vector=gain, repeat=1), Sum(left=Dense(tensor=W), right=LowRank(A=A, B=B) as low) if (
+                gain.dim() == A.dim() - 1 == 1 and fused.can_fuse(x, W, A, B)
+            ):
+                return fused.linear(x, W, bias, low.branch(x), gain)
+            case Dense(tensor=W), IdentityPlus(inner=LowRank(A=A, B=B) as low) if fused.can_fuse(x, W, A, B):
+                return fused.input_side(x, W, bias, low.branch(x))
         return self.left.linear(self.right.linear(x), bias)
 
     @property

@@ -1,0 +1,164 @@
+"""Which graph computes a low-rank product: a cost model in multiply-adds, a way to force it, and who wants to know.
+
+With T tokens, a matrix `[o, i]`, rank r, u = x A^T and v = s dy B, everything besides the two products with the base
+costs, in a training step,
+
+    factored   r * 3 T (i + o)             u, u B^T; then v, v A, dA, dB; r T i more if u is computed again
+    formed     r * (2 i o + 2 T (i + o))   V = W + s B A in forward and in backward; u, v, dA, dB
+
+so forming pays when tokens are many: T (i + o) above 2 i o. It also reads and writes the weight once more, which no
+count of products shows; therefore it has to save a sixth. (The two graphs: Cherniuk et al., RunLoRA, arXiv 2312.03415.)
+What is kept for backward is bounded likewise: u is computed again where it is larger than a sixteenth of the saved x.
+
+GIFT's W (I + phi psi) costs `r * 6 T i` on the side of the input, or becomes W + (W phi) psi first: `2 i o` more.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from enum import Enum
+from typing import Literal, NamedTuple, TypeAlias
+
+from peft_func.errors import OptionError
+from peft_func.weights.densify import forming_is_an_error
+
+# Below so many multiply-adds in the base product, plain operators cost less than a Function written in Python.
+SMALL = 2**22
+SAVING = 5 / 6
+KEPT = 1 / 16
+
+
+class Graph(Enum):
+    """How a low-rank product is computed; see `peft_func.weights.fused`."""
+
+    COMPOSED = "composed"
+    FACTORED = "factored"
+    FORMED = "formed"
+
+
+class Shape(NamedTuple):
+    """What a choice depends on.
+
+    Attributes:
+        tokens: T, the rows of the activation.
+        inputs: i.
+        outputs: o.
+        rank: r.
+        trains: whether the factors get gradients.
+        needs_input: whether the activation does.
+        may_form: whether the sum can be formed without a loss: there is a matrix, of the factors' dtype, float32 at
+            least, and no dropout.
+        input_side: whether the branch is added to the input: x + u B^T goes through the matrix, or B becomes W B first.
+    """
+
+    tokens: int
+    inputs: int
+    outputs: int
+    rank: int
+    trains: bool
+    needs_input: bool
+    may_form: bool
+    input_side: bool = False
+
+
+class Choice(NamedTuple):
+    """What was chosen, and why.
+
+    Attributes:
+        graph: how it is computed.
+        keeps: whether u is kept for backward.
+        costs: multiply-adds besides those of the base, by graph.
+        reason: in words.
+    """
+
+    graph: Graph
+    keeps: bool
+    costs: dict[Graph, int]
+    reason: str
+
+
+Listener: TypeAlias = Callable[[Shape, Choice], None]
+
+_forced: ContextVar[Graph | None] = ContextVar("graph", default=None)
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+def choose(shape: Shape) -> Choice:
+    """Choose the graph of one product."""
+    choice = _choose(shape, _forced.get(), forming_is_an_error())
+    listener = _listener.get()
+    if listener is not None:
+        listener(shape, choice)
+    return choice
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
+    costs, keeps = costs_of(shape), shape.rank <= KEPT * shape.inputs
+    may_form = shape.may_form and not no_forming
+    match forced:
+        case None:
+            pass
+        case Graph.FORMED if not may_form:
+            why = "densify='error'" if shape.may_form else "dropout, another dtype, or no matrix there"
+            return Choice(Graph.FACTORED, keeps, costs, f"forced to formed, but not possible: {why}")
+        case _:
+            return Choice(forced, keeps, costs, "forced")
+    if shape.tokens * shape.inputs * shape.outputs < SMALL:
+        return Choice(Graph.COMPOSED, True, costs, "small: plain operators cost least")
+    if may_form and costs[Graph.FORMED] <= SAVING * costs[Graph.FACTORED]:
+        return Choice(Graph.FORMED, False, costs, "many tokens: forming the matrix costs less")
+    why = "few tokens: the factors cost less" if shape.may_form else "the matrix cannot be formed here"
+    return Choice(Graph.FACTORED, keeps, costs, why)
+
+
+def costs_of(shape: Shape) -> dict[Graph, int]:
+    """Count multiply-adds besides those of the base, by graph (the composed one is the factored one)."""
+    T, i, o, r, trains, needs_input = shape[:6]
+    end = i if shape.input_side else o  # the width where the branch ends
+    u, through = T * i, T * (i + end)
+    v = T * end if trains or needs_input else 0
+    again = u if trains and r > KEPT * i else 0
+    factored = through + v + trains * through + needs_input * u + again
+    formed = (1 + (trains and needs_input)) * i * o + trains * 2 * T * (i + o) + shape.input_side * (1 + trains) * i * o
+    return {Graph.FACTORED: r * factored, Graph.FORMED: r * formed}
+
+
+@contextlib.contextmanager
+def graph(kind: Literal["auto", "composed", "factored", "formed"]) -> Iterator[None]:
+    """Choose how low-rank products are computed in this block (and thread), whatever their shapes.
+
+    The values are the same up to rounding. A matrix is never formed where that would lose something (dropout, half
+    precision) or where `pf.densify("error")` forbids it; the factors are used there.
+
+    Args:
+        kind: `"composed"` of plain operators, `"factored"`, `"formed"`, or `"auto"`, the cheapest for each shape, as
+            `pf.plan` explains.
+
+    Raises:
+        OptionError: an unknown kind.
+
+    Example:
+        >>> import peft_func as pf
+        >>> with pf.graph("factored"):
+        ...     pass  # a training step here never forms W + s B A
+    """
+    known = {"auto": None, **{each.value: each for each in Graph}}
+    if kind not in known:
+        raise OptionError(f"graph takes {', '.join(map(repr, known))}, not {kind!r}")
+    token = _forced.set(known[kind])
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell a function of every choice in this block (and thread)."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)

@@ -1,0 +1,100 @@
+"""The choice of a graph: costs against a count of the products that run, and what forces or forbids one."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import peft_func as pf
+from peft_func.weights.fused import Branch, input_side, linear
+from peft_func.weights.graph import Graph, Shape, choose, costs_of, listening
+from tests.zoo import randn
+
+
+def shape(tokens=4096, inputs=256, outputs=256, rank=8, **changes):
+    given = {"trains": True, "needs_input": True, "may_form": True} | changes
+    return Shape(tokens, inputs, outputs, rank, **given)
+
+
+def in_place(_, left, right, *args, out_shape=None, **kwargs):
+    """Count `addmm_`, which the counter does not know."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+@pytest.mark.parametrize("graph", ["factored", "formed"])
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("needs_input", [False, True])
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_costs_are_those_of_the_products_that_run(graph, trains, needs_input, on_input, rank):
+    T, i, o = 24, 64, 48
+    W, A = randn(o, i), randn(rank, i, seed=1).requires_grad_(trains)
+    B = randn(i if on_input else o, rank, seed=2).requires_grad_(trains)
+    x = randn(T, i, seed=3).requires_grad_(needs_input)
+    seen = []
+    with (
+        pf.graph(graph),
+        listening(lambda shape, choice: seen.append((shape, choice))),
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter,
+    ):
+        y = (input_side if on_input else linear)(x, W, None, Branch(A, B, 0.5))
+        if trains or needs_input:
+            y.sum().backward()
+    ((found, choice),) = seen
+    assert found == Shape(T, i, o, rank, trains, needs_input, True, on_input)
+    # The base takes part in forward, and in backward if anything in front of it has a gradient.
+    base = T * i * o * (1 + (needs_input or (on_input and trains and graph == "factored")))
+    assert counter.get_total_flops() == 2 * (base + choice.costs[Graph(graph)])
+
+
+def test_many_tokens_are_formed_and_few_are_not():
+    assert choose(shape(4096)).graph is Graph.FORMED
+    assert choose(shape(256)).graph is Graph.FACTORED
+    assert choose(shape(4096, may_form=False)).graph is Graph.FACTORED
+    assert choose(shape(16)).graph is Graph.COMPOSED
+    assert "tokens" in choose(shape(4096)).reason
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_the_chosen_graph_costs_least_or_nearly_so(on_input):
+    for tokens in (64, 256, 1024, 4096):
+        for inputs, outputs in ((256, 256), (1024, 4096), (4096, 1024)):
+            given = shape(tokens, inputs, outputs, input_side=on_input)
+            choice, costs = choose(given), costs_of(given)
+            assert choice.graph is not Graph.COMPOSED
+            assert costs[choice.graph] * 5 <= min(costs.values()) * 6
+
+
+def test_what_is_kept_is_bounded():
+    assert choose(shape(256, rank=16)).keeps
+    assert not choose(shape(256, rank=17)).keeps
+
+
+def test_it_can_be_forced_and_forbidden():
+    with pf.graph("factored"):
+        assert choose(shape(4096)).graph is Graph.FACTORED
+        with pf.graph("auto"):
+            assert choose(shape(4096)).graph is Graph.FORMED
+        assert choose(shape(1)).graph is Graph.FACTORED
+    with pf.graph("formed"):
+        assert choose(shape(1)).graph is Graph.FORMED
+        assert choose(shape(1, may_form=False)).graph is Graph.FACTORED
+    with pf.densify("error"):
+        assert choose(shape(4096)).graph is Graph.FACTORED
+        with pf.graph("formed"):
+            assert "densify" in choose(shape(4096)).reason
+    assert choose(shape(4096)).graph is Graph.FORMED
+    with (
+        pytest.raises(pf.OptionError, match=r"'auto', 'composed', 'factored', 'formed', not 'dense'"),
+        pf.graph("dense"),
+    ):
+        pass
+
+
+def test_dropout_and_half_precision_are_never_formed():
+    seen = []
+    x, A, B = torch.ones(64, 8), torch.ones(2, 8), torch.ones(8, 2, requires_grad=True)
+    with pf.graph("formed"), listening(lambda shape, choice: seen.append(choice.graph)):
+        linear(x, torch.ones(8, 8), None, Branch(A, B, 1.0, dropped=x * 2))
+        linear(x.bfloat16(), torch.ones(8, 8).bfloat16(), None, Branch(A, B, 1.0))
+        linear(x, torch.ones(8, 8), None, Branch(A, B, 1.0))
+    assert seen == [Graph.FACTORED, Graph.FACTORED, Graph.FORMED]
