@@ -12,9 +12,9 @@ from peft_func.weights.operator import Operator
 
 def check_fit(name: str, weight: Any, own: Tensor, kinds: dict[Any, tuple[str, Any]]) -> None:
     """Check a weight's shape, and that dtype and device changed, if they did, as they did for all weights alike."""
-    if not isinstance(weight, Tensor | Operator):
+    if not isinstance(weight, (Tensor, Operator)):
         raise TreeError(f"the weight {name!r} is a {type(weight).__name__}; weights are tensors or operators")
-    if weight.shape != own.shape:
+    if weight is not own and weight.shape != own.shape:
         raise TreeError(f"the weight {name!r} is {tuple(weight.shape)}; this model's is {tuple(own.shape)}")
     kind = (weight.dtype, weight.device)
     first, expected = kinds.setdefault((own.dtype, own.device), (name, kind))

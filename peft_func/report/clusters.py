@@ -26,9 +26,10 @@ from peft_func.transforms.bind import Adapter, BoundPart
 from peft_func.trees.keys import Key, normal, split
 from peft_func.trees.paths import join
 from peft_func.trees.select import Where, resolve
+from peft_func.weights.absorb import absorb
 from peft_func.weights.layout import Storage
 from peft_func.weights.mapping import Weights
-from peft_func.weights.matrix import IdentityPlus, LowRank, Matrix, Product, Sum, absorb
+from peft_func.weights.matrix import IdentityPlus, LowRank, Matrix, Product, Sum
 from peft_func.weights.operator import full_precision
 
 CHANCES = 8  # draws of as many random directions as there are clusters

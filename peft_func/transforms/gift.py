@@ -34,8 +34,9 @@ from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Keys, Tree, from_leaves, leaves, map_leaves
 from peft_func.trees.select import Where
+from peft_func.weights.absorb import absorb
 from peft_func.weights.mapping import Weights
-from peft_func.weights.matrix import IdentityPlus, LowRank, Matrix, Product, absorb
+from peft_func.weights.matrix import IdentityPlus, LowRank, Matrix, Product
 from peft_func.weights.operator import full_precision
 from peft_func.weights.sampled import Sampled
 

@@ -11,6 +11,7 @@ from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
+from peft_func.weights.absorb import square_norms
 from peft_func.weights.mapping import Weights
 from peft_func.weights.matrix import Diagonal, Product
 from peft_func.weights.operator import full_precision
@@ -62,4 +63,4 @@ def magnitude_of(paths: tuple[str, ...]) -> Transform:
 def _norms(path: str, weights: Weights) -> Tensor:
     detached = weights.matrix(path).deterministic().map(lambda tensor, _: tensor.detach())
     with full_precision(detached.tensors()[0].device):
-        return detached.square_norms().clamp_min(0).sqrt()
+        return square_norms(detached).clamp_min(0).sqrt()

@@ -24,9 +24,10 @@ from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
+from peft_func.weights.absorb import absorb
 from peft_func.weights.layout import Layout
 from peft_func.weights.mapping import Weights
-from peft_func.weights.matrix import Dense, IdentityPlus, LowRank, Matrix, Product, Sum, absorb
+from peft_func.weights.matrix import Dense, IdentityPlus, LowRank, Matrix, Product, Sum
 from peft_func.weights.operator import full_precision
 from peft_func.weights.sampled import Sampled
 
@@ -201,7 +202,9 @@ def _edited(path: str, bias: str, value: Tensor, low: LowRank) -> Tensor:
     if weight in SEPARATE_PROJECTIONS and bias.endswith("in_proj_bias"):
         parts = list(value.to(wide).chunk(len(SEPARATE_PROJECTIONS)))
         own = SEPARATE_PROJECTIONS.index(weight)
-        parts[own] = edit.linear(parts[own])
+        with full_precision(value.device):
+            parts[own] = edit.linear(parts[own])
         return torch.cat(parts)
     # A grouped transposed convolution has one row of its matrix for the same output of every group.
-    return edit.linear(value.to(wide).view(-1, low.shape[-1])).flatten()
+    with full_precision(value.device):
+        return edit.linear(value.to(wide).view(-1, low.shape[-1])).flatten()

@@ -6,11 +6,13 @@ which answers questions about shape, dtype and device, uses the rule for the fun
 otherwise forms the weight.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peft_func.errors import LeakError, RouteError
 from peft_func.weights.densify import note_densified
@@ -90,17 +92,32 @@ class GroupedCarrier(Carrier):
         raise RouteError(f"{name} has no rule for weights that differ along the batch: {', '.join(paths) or 'unknown'}")
 
 
-def carry(op: Operator) -> Carrier:
-    """Dress an operator as a tensor."""
+def shells_need_grad() -> bool:
+    """Whether the shell of an operator that requires a gradient has to require one."""
     # An autograd.Function takes the shell without asking `__torch_function__`, and whatever gradient it returned would
     # be lost. The shell therefore requires a gradient, which autograd then refuses to accept on the meta device. Under
     # functorch and compile such a function does ask, and the weight is formed for it.
     in_transform = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    requires_grad = not in_transform and torch.is_grad_enabled() and op.requires_grad
-    shell = torch.empty(op.layout.shape, dtype=op.dtype, device="meta", requires_grad=requires_grad)
-    carrier = shell.as_subclass(GroupedCarrier if isinstance(op, Grouped) else Carrier)
+    return not in_transform and torch.is_grad_enabled()
+
+
+def carry(op: Operator, need_grad: bool | None = None) -> Carrier:
+    """Dress an operator as a tensor; `need_grad` is what `shells_need_grad` said, where many are dressed at once."""
+    requires_grad = (shells_need_grad() if need_grad is None else need_grad) and op.requires_grad
+    kind = GroupedCarrier if isinstance(op, Grouped) else Carrier
+    if torch.compiler.is_dynamo_compiling():
+        carrier = torch.empty(op.layout.shape, dtype=op.dtype, device="meta").as_subclass(kind)
+    else:
+        carrier = Tensor._make_subclass(kind, _shell(op.layout.size, op.dtype), requires_grad)
     carrier.op = op
     return carrier
+
+
+@functools.lru_cache(maxsize=1024)
+def _shell(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor to alias, which costs half of making one; it outlives the modes that are on now."""
+    with _disable_current_modes(), torch.inference_mode(mode=False):
+        return torch.empty(size, dtype=dtype, device="meta")
 
 
 def form(carrier: Carrier, reason: str) -> Tensor:

@@ -13,9 +13,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Matrix, Product, Sum, absorb
+from peft_func.weights.absorb import absorb
+from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Matrix, Product, Sum
 from peft_func.weights.reshaped import Reshaped
 from peft_func.weights.sampled import Sampled
+from peft_func.weights.spectral import Spectral
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def convolve(matrix: Matrix, x: Tensor, how: Convolution, bias: Tensor | None = 
         case Sum(left=left, right=right):
             y = convolve(left, x, how, bias)
             return y + convolve(right, x, how).to(y.dtype)
+        case Spectral(U=U, d=d, A=A):
+            inner = how.full(x, how.share_over_groups(A.to(x.dtype)))
+            y = how.pointwise((inner * how.channels(d.repeat(how.groups))).to(x.dtype), U.to(x.dtype))
         case LowRank(A=A, B=B, scale=scale):
             inner = how.full(matrix.drop(x).to(A.dtype), how.share_over_groups(A))
             y = how.pointwise(inner if scale == 1.0 else inner * scale, B).to(x.dtype)
@@ -99,7 +104,7 @@ def convolve(matrix: Matrix, x: Tensor, how: Convolution, bias: Tensor | None = 
             return convolve(Sum(left, absorb(left, low)), x, how, bias)
         case _:
             return how.full(x, how.formed(matrix), bias)
-    return y if bias is None else y + how.channels(bias)
+    return y if bias is None else y + how.channels(bias).to(y.dtype)
 
 
 _PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

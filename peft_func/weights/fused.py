@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_func.weights.graph import Choice, Graph, Shape, choose
+from peft_func.weights.graph import SMALL, Choice, Graph, Shape, attended, choose
 
 SMALLEST_GAIN = 1 / 64
 
@@ -57,7 +57,8 @@ def can_fuse(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor) -> bool:
 
 def under_autocast(device: torch.device) -> bool:
     """Whether autocast is on for a device; on meta, where torch refuses the question, it is not."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    # Most calls are under none, for any device, which is a cheaper question.
+    return torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None, branch: Branch, gain: Tensor | None = None) -> Tensor:
@@ -72,6 +73,9 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, branch: Branch, gain: Tens
     """
     if branch.A.dim() == 3:
         return _gained(_accumulated_slices(x, W, bias if gain is None else None, branch), gain, bias)
+    if x.numel() * len(W) < SMALL and not attended():
+        y = _gained(_composed(x, W, bias if gain is None else None, branch), gain, bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], len(W))
     return _run(x, W, bias, branch, gain, choose(_shape(x, W, branch)))
 
 
@@ -121,10 +125,11 @@ def _composed(
 ) -> Tensor:
     """Return `x W^T + bias + branch` in two dimensions, which an in-place product has to have from the start."""
     A, B, scale, dropped = branch
-    x = x.reshape(-1, A.shape[1])
+    x = x if x.dim() == 2 else x.reshape(-1, A.shape[1])
     if formed and W is not None:
         return F.linear(x, torch.addmm(W, B, A, alpha=scale), bias)
-    u = F.linear((x if dropped is None else dropped.reshape(x.shape)).to(A.dtype), A)
+    z = x if dropped is None else dropped.reshape(x.shape)
+    u = F.linear(z if z.dtype == A.dtype else z.to(A.dtype), A)
     if x.dtype != A.dtype:
         y = x if W is None else F.linear(x, W, bias)
         return y + (F.linear(u, B) * scale).to(y.dtype)
@@ -165,15 +170,19 @@ class LowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Compute y."""
         x = x.reshape(-1, A.shape[1])
-        if formed and W is not None:
+        alias = gain is None or _may_alias(x, bias)
+        inner, kept = bias if gain is None else None, None
+        if formed and alias:
             return F.linear(x, _formed(W, A, B, scale, gain), bias), None, None
-        u = _narrow(x if dropped is None else dropped.reshape(x.shape), A)
-        y = x if W is None else F.linear(x, W, bias if gain is None else None)
-        y = _plus(y, u, _turned(B, scale), fresh=W is not None)
-        kept = u if keeps else None
+        if formed:
+            y = F.linear(x, _formed(W, A, B, scale, None), inner)
+        else:
+            u = _narrow(x if dropped is None else dropped.reshape(x.shape), A)
+            y = _plus(x if W is None else F.linear(x, W, inner), u, _turned(B, scale), fresh=W is not None)
+            kept = u if keeps else None
         if gain is None:
             return y, kept, None
-        before = None if _may_alias(y, bias) else y.clone()
+        before = None if alias else y.clone()
         y.mul_(gain)
         return y if bias is None else y.add_(bias), kept, before
 
@@ -283,15 +292,15 @@ def _plus(y: Tensor, u: Tensor, right: Tensor, *, fresh: bool) -> Tensor:
     return y.addmm_(u, right) if fresh else torch.addmm(y, u, right)
 
 
-def _formed(W: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None) -> Tensor:
+def _formed(W: Any, A: Tensor, B: Tensor, scale: float, gain: Tensor | None) -> Tensor:
     V = torch.addmm(W, B, A, alpha=scale)
     return V if gain is None else V.mul_(gain.unsqueeze(1))
 
 
-def _may_alias(y: Tensor, bias: Tensor | None) -> bool:
+def _may_alias(x: Tensor, bias: Tensor | None) -> bool:
     """Whether what is before the gain may come from y: no hooks for saved tensors, no bias in half precision."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is None and (bias is None or y.dtype.itemsize >= 4)
+    return hooks is None and (bias is None or x.dtype.itemsize >= 4)
 
 
 def _gain_gradient(ctx: Any, dy: Tensor, saved: Any) -> Tensor:

@@ -93,6 +93,11 @@ def choose(shape: Shape) -> Choice:
     return choice
 
 
+def attended() -> bool:
+    """Whether a choice is forced, or somebody listens."""
+    return _forced.get() is not None or _listener.get() is not None
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
     costs, keeps = costs_of(shape), shape.rank <= KEPT * shape.inputs

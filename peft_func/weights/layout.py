@@ -1,9 +1,10 @@
 """How a parameter, as its module stores it, is seen as a matrix `[out, in]` (or a batch of them)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from peft_func.errors import OptionError
@@ -22,34 +23,44 @@ class Storage(Enum):
 
 @dataclass(frozen=True)
 class Layout:
-    """The storage and the stored shape of one parameter."""
+    """The storage and the stored shape of one parameter.
+
+    Attributes:
+        storage: how it is stored.
+        shape: as it is stored.
+        size: the same, as tensors have it.
+        is_conv: whether it has a kernel.
+        kernel: the extents of the kernel; empty where there is none.
+        taps: the number of weights between one input channel and one output channel.
+        batch: the leading dimensions of a batch of matrices (experts).
+    """
 
     storage: Storage
     shape: tuple[int, ...]
+    # Every call of a model asks for these.
+    size: torch.Size = field(init=False, compare=False, repr=False)
+    is_conv: bool = field(init=False, compare=False, repr=False)
+    kernel: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    taps: int = field(init=False, compare=False, repr=False)
+    batch: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
-    @property
-    def is_conv(self) -> bool:
-        """Whether it has a kernel."""
-        return self.storage in (Storage.CONV, Storage.CONV_TRANSPOSED)
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The extents of the kernel; empty where there is none."""
-        return self.shape[2:] if self.is_conv else ()
-
-    @property
-    def taps(self) -> int:
-        """The number of weights between one input channel and one output channel."""
-        return prod(self.kernel)
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The leading dimensions of a batch of matrices (experts)."""
-        return () if self.is_conv else self.shape[:-2]
+    def __post_init__(self) -> None:
+        is_conv = self.storage in (Storage.CONV, Storage.CONV_TRANSPOSED)
+        kernel = self.shape[2:] if is_conv else ()
+        known = {
+            "size": torch.Size(self.shape),
+            "is_conv": is_conv,
+            "kernel": kernel,
+            "taps": prod(kernel),
+            "batch": () if is_conv else self.shape[:-2],
+        }
+        vars(self).update(known)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """The shape of the matrix: `[*batch, out, in]`, with `in` times the taps of the kernel."""
+        if self.storage is Storage.MATRIX:
+            return self.shape
         match self.storage:
             case Storage.CONV:
                 return (self.shape[0], prod(self.shape[1:]))
@@ -57,15 +68,12 @@ class Layout:
                 return (self.shape[1], self.shape[0] * self.taps)
             case Storage.TRANSPOSED:
                 return (self.shape[1], self.shape[0])
-            case Storage.MATRIX:
-                return self.shape
-            case Storage.VECTOR:
-                raise OptionError(
-                    f"a parameter of shape {self.shape} is no matrix; select weights of 2 dimensions or more"
-                )
+        raise OptionError(f"a parameter of shape {self.shape} is no matrix; select weights of 2 dimensions or more")
 
     def to_matrix(self, stored: Tensor) -> Tensor:
         """View a stored weight as its matrix."""
+        if self.storage is Storage.MATRIX:
+            return stored
         match self.storage:
             case Storage.CONV:
                 return stored.flatten(1)

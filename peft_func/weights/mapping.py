@@ -71,12 +71,13 @@ class Weights(dict[str, "Tensor | Operator"]):
                     f"apply changed {path!r}, which it did not select; it sees {', '.join(sorted(allowed)[:5])}"
                 )
             if isinstance(value, Matrix):
-                value = Operator(value, self.layouts[path], self[path].dtype, path)
-            elif not isinstance(value, Tensor | Operator):
+                result[path] = Operator(value, self.layouts[path], self[path].dtype, path)
+                continue
+            if not isinstance(value, (Tensor, Operator)):
                 raise OptionError(
                     f"{path}: apply gave a {type(value).__name__}; it gives tensors, operators or matrices"
                 )
-            elif value.shape != self[path].shape:
+            if value.shape != self[path].shape:
                 raise TreeError(f"{path}: apply gave {tuple(value.shape)} for {tuple(self[path].shape)}")
             result[path] = value if value.dtype == self[path].dtype else value.to(self[path].dtype)
         return result

@@ -3,7 +3,7 @@
     W + s B A          Sum(Dense(W), LowRank(B, A, s))                         LoRA
     W (I + phi psi)    Product(Dense(W), IdentityPlus(LowRank(phi, psi)))      GIFT
     diag(l) W          Product(Diagonal(l), Dense(W))                          IA3
-    diag(m / |V|) V    Product(Diagonal(m / V.square_norms().sqrt()), V)       DoRA
+    diag(m / |V|) V    Product(Diagonal(m / square_norms(V).sqrt()), V)        DoRA
 
 `+` and `@` make a Sum and a Product too; torch.compile follows `+`, but not `@`, on objects that are no tensors.
 A matrix is `[out, in]`, or `[experts, out, in]`: a batch of matrices, one of which acts on each slice of its input.
@@ -57,10 +57,6 @@ class Matrix(ABC):
         """Return some rows of a single matrix, as a matrix."""
         return Dense(_pick(self.dense(self.compute_dtype), rows))
 
-    def square_norms(self) -> Tensor:
-        """Return the squared norm of every row: `[*, out]`."""
-        return torch.square(torch.linalg.vector_norm(self.dense(self.compute_dtype), dim=-1))
-
     def select(self, experts: int | Tensor) -> "Matrix":
         """Return one matrix of a batch (an integer), or a batch of some of them (an int64 tensor `[n]`)."""
         return self.map(lambda tensor, ndim: tensor[experts] if tensor.dim() > ndim else tensor)
@@ -99,7 +95,7 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _add(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else x + bias
+    return x if bias is None else x + bias.to(x.dtype)  # x is narrower under autocast
 
 
 class Dense(Matrix):
@@ -172,10 +168,12 @@ class LowRank(Matrix):
     """
 
     def __init__(self, B: Tensor, A: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
-        if B.shape[-1] != A.shape[-2]:
-            raise TreeError(f"LowRank: B {list(B.shape)} has rank {B.shape[-1]}, A {list(A.shape)} has {A.shape[-2]}")
+        *outer, rows, rank = B.shape
+        *batch, inner, columns = A.shape
+        if rank != inner:
+            raise TreeError(f"LowRank: B {list(B.shape)} has rank {rank}, A {list(A.shape)} has {inner}")
         self.B, self.A, self.scale, self.dropout = B, A, scale, dropout
-        self.shape = (*(B if B.dim() > 2 else A).shape[:-2], B.shape[-2], A.shape[-1])
+        self.shape = (*(outer or batch), rows, columns)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.B, self.A)
@@ -224,7 +222,10 @@ class Composite(Matrix):
         return type(self)(*children)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for child in self.children for tensor in child.tensors())
+        found: tuple[Tensor, ...] = ()
+        for child in self.children:
+            found += child.tensors()
+        return found
 
     def map(self, function: Leafwise) -> Matrix:
         return self._rebuilt(*(child.map(function) for child in self.children))
@@ -250,9 +251,9 @@ class IdentityPlus(Composite):
         self.shape = inner.shape
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        match self.inner:
-            case LowRank(A=A, B=B) as low if fused.can_fuse(x, None, A, B):
-                return _add(fused.input_side(x, None, None, low.branch(x)), bias)
+        low = self.inner
+        if isinstance(low, LowRank) and _fits(x, None, low):
+            return _add(fused.input_side(x, None, None, low.branch(x)), bias)
         return _add(x + self.inner.linear(x).to(x.dtype), bias)
 
     @property
@@ -274,11 +275,11 @@ class Sum(Composite):
         self.shape = left.shape if len(left.shape) >= len(right.shape) else right.shape
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        match self.left, self.right:
-            case Dense(tensor=W), LowRank(A=A, B=B) as low if fused.can_fuse(x, W, A, B):
-                return fused.linear(x, W, bias, low.branch(x))
-        y = self.left.linear(x, bias)
-        return y + self.right.linear(x).to(y.dtype)  # autocast gives the two sides different dtypes
+        left, right = self.left, self.right
+        if isinstance(left, Dense) and isinstance(right, LowRank) and _fits(x, left.tensor, right):
+            return fused.linear(x, left.tensor, bias, right.branch(x))
+        y = left.linear(x, bias)
+        return y + right.linear(x).to(y.dtype)  # autocast gives the two sides different dtypes
 
     @property
     def T(self) -> Matrix:
@@ -289,16 +290,6 @@ class Sum(Composite):
 
     def take(self, rows: Rows) -> Matrix:
         return Sum(self.left.take(rows), self.right.take(rows))
-
-    def square_norms(self) -> Tensor:
-        if not isinstance(self.right, LowRank):
-            return super().square_norms()
-        # |w + u|^2 = |w|^2 + 2 w.u + |u|^2 for each row, with u = s b A: nothing of the size of W is formed but W.
-        dtype, low = self.compute_dtype, self.right
-        B, A = low.B.to(dtype) * low.scale, low.A.to(dtype)
-        base = _cast(self.left, dtype)
-        cross = (base.linear(A).mT * B).sum(-1)
-        return base.square_norms() + 2 * cross + ((B @ (A @ A.mT)) * B).sum(-1)
 
 
 class Product(Composite):
@@ -313,12 +304,11 @@ class Product(Composite):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         match self.left, self.right:
-            case Diagonal(vector=gain, repeat=1), Sum(left=Dense(tensor=W), right=LowRank(A=A, B=B) as low) if (
-                gain.dim() == A.dim() - 1 == 1 and fused.can_fuse(x, W, A, B)
-            ):
-                return fused.linear(x, W, bias, low.branch(x), gain)
-            case Dense(tensor=W), IdentityPlus(inner=LowRank(A=A, B=B) as low) if fused.can_fuse(x, W, A, B):
+            case Dense(tensor=W), IdentityPlus(inner=LowRank() as low) if _fits(x, W, low):
                 return fused.input_side(x, W, bias, low.branch(x))
+            case Diagonal(repeat=1, vector=gain), Sum(left=Dense(tensor=W), right=LowRank() as low) if _fits(x, W, low):
+                if gain.dim() == low.A.dim() - 1 == 1:
+                    return fused.linear(x, W, bias, low.branch(x), gain)
         return self.left.linear(self.right.linear(x), bias)
 
     @property
@@ -328,8 +318,8 @@ class Product(Composite):
     def dense(self, dtype: torch.dtype) -> Tensor:
         # Form the side that holds the base weight, and let the structured side act on it.
         if self.left.is_structured:
-            return _cast(self.left.deterministic(), dtype).linear(self.right.dense(dtype).mT).mT
-        return _cast(self.right.deterministic(), dtype).T.linear(self.left.dense(dtype))
+            return cast(self.left.deterministic(), dtype).linear(self.right.dense(dtype).mT).mT
+        return cast(self.right.deterministic(), dtype).T.linear(self.left.dense(dtype))
 
     def take(self, rows: Rows) -> Matrix:
         match self.left:
@@ -342,21 +332,11 @@ class Product(Composite):
             case left:
                 return Product(left.take(rows), self.right)
 
-    def square_norms(self) -> Tensor:
-        match self.left, self.right:
-            case Diagonal() as left, right:
-                return left.entries.square() * right.square_norms()
-            case left, IdentityPlus(inner=LowRank() as low):
-                return Sum(left, absorb(left, low)).square_norms()
-            case _:
-                return super().square_norms()
+
+def _fits(x: Tensor, W: Tensor | None, low: LowRank) -> bool:
+    return type(low) is LowRank and fused.can_fuse(x, W, low.A, low.B)
 
 
-def absorb(left: Matrix, low: LowRank) -> LowRank:
-    """Return `left @ low` as one low-rank matrix: `rank` columns go through `left`."""
-    # What is dropped is an input of the left side, never an entry of a factor.
-    return LowRank(_cast(left.deterministic(), low.B.dtype).linear(low.B.mT).mT, low.A, low.scale, low.dropout)
-
-
-def _cast(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+def cast(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+    """Return the same expression over tensors of another dtype."""
     return matrix.map(lambda tensor, _: tensor.to(dtype))

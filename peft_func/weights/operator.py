@@ -37,7 +37,7 @@ class Operator:
     @property
     def shape(self) -> torch.Size:
         """The shape of the parameter."""
-        return torch.Size(self.layout.shape)
+        return self.layout.size
 
     @property
     def ndim(self) -> int:

@@ -5,6 +5,7 @@ import torch
 
 import peft_func as pf
 from peft_func.errors import PeftFuncError
+from peft_func.weights.absorb import square_norms
 from peft_func.weights.convolution import Convolution, convolve
 from peft_func.weights.matrix import Dense, LowRank, Sum
 from peft_func.weights.reshaped import Reshaped
@@ -28,7 +29,7 @@ def test_every_action_is_that_of_the_dense_form():
     same(matrix.linear(x, bias), x @ DENSE.T + bias)
     same(matrix.T.dense(torch.float64), DENSE.T)
     same(matrix.take(slice(1, 3)).dense(torch.float64), DENSE[1:3])
-    same(matrix.square_norms(), DENSE.square().sum(-1))
+    same(square_norms(matrix), DENSE.square().sum(-1))
     same(matrix.added_to(2 * DENSE), 3 * DENSE)
 
 

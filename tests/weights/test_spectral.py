@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peft_func.weights.absorb import square_norms
 from peft_func.weights.matrix import Dense, IdentityPlus, LowRank, Product, Sum
 from peft_func.weights.spectral import Spectral
 from tests.transforms.plain import GRADS, same
@@ -23,7 +24,7 @@ def test_every_action_is_that_of_the_dense_form():
     same(matrix.T.linear(randn(7, 5)), randn(7, 5) @ DENSE)
     same(matrix.take(slice(1, 4)).dense(torch.float64), DENSE[1:4])
     same(matrix.take(torch.tensor([3, 0, 3])).dense(torch.float64), DENSE[[3, 0, 3]])
-    same(matrix.square_norms(), DENSE.square().sum(-1))
+    same(square_norms(matrix), DENSE.square().sum(-1))
     same(LowRank(matrix.B, matrix.A).dense(torch.float64), DENSE)
     assert matrix.deterministic() is matrix
 
@@ -32,7 +33,7 @@ def test_in_sums_and_products_it_is_what_it_is_dense():
     W, phi, psi, x = randn(5, 4, seed=4), randn(4, 2), randn(2, 4), randn(7, 4)
     total = Sum(Dense(W), Spectral(U, D, VT))
     same(total.linear(x), x @ (W + DENSE).T)
-    same(total.square_norms(), (W + DENSE).square().sum(-1))
+    same(square_norms(total), (W + DENSE).square().sum(-1))
     generated = Product(total, IdentityPlus(LowRank(phi, psi)))
     same(generated.dense(torch.float64), (W + DENSE) @ (torch.eye(4, dtype=torch.float64) + phi @ psi))
 
