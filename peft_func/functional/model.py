@@ -16,7 +16,8 @@ from peft_func.functional.refuse import check_module
 from peft_func.functional.skeleton import Skeleton, structural_copy
 from peft_func.functional.surround import Hosts, surround, warn_of_unused
 from peft_func.trees.select import Info
-from peft_func.weights.carrier import Carrier, carry
+from peft_func.weights.carrier import Carrier, carry, shells_need_grad
+from peft_func.weights.chunks import form
 from peft_func.weights.layout import Layout, layout_of
 from peft_func.weights.matrix import Dense
 from peft_func.weights.merge import arounds_of, refuse_arounds
@@ -146,10 +147,11 @@ class FunctionalModel:
         if state.keys() != self.state.keys():
             raise NameMismatchError(name_difference("state", state, self.state))
         buffers = {name: tensor.clone() for name, tensor in state.items()}
-        if buffers and self.trains and torch._C._functorch.peek_interpreter_stack() is not None:
+        compiling = torch.compiler.is_compiling()
+        if buffers and self.trains and not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
             given = (tensor for name, tensor in bound.items() if tensor is not self.params[name])
             buffers = _mapped_like((*given, *args, *kwargs.values()), buffers)
-        if torch.compiler.is_compiling():
+        if compiling:
             # Dynamo follows functional_call, but not a module that is made inside the graph; what it traces runs
             # without the skeleton, so the swapping that functional_call does is never seen by another thread.
             every = {"root." + name: tensor for name, tensor in {**bound, **buffers}.items()}
@@ -166,7 +168,7 @@ class FunctionalModel:
             call = clone if self._entry == "forward" else getattr(clone, self._entry)
             output = call(*args, **kwargs)
         warn_of_unused(installed)
-        return _without_carriers(output), dict(clone.named_buffers())
+        return _without_carriers(output), dict(clone.named_buffers()) if buffers else {}
 
     def method(self, name: str) -> "FunctionalModel":
         """Return the same pure callable for another method of the module, such as `"generate"`.
@@ -226,7 +228,7 @@ class FunctionalModel:
             if source in params:
                 if source not in formed:
                     weight = params[source]
-                    formed[source] = weight.materialise() if isinstance(weight, Operator) else weight
+                    formed[source] = form(weight) if isinstance(weight, Operator) else weight
                 result[name] = formed[source]
             else:
                 result[name] = state[self._buffer_names.get(name, name)] if name in self._buffer_names else value
@@ -266,13 +268,14 @@ class FunctionalModel:
         self._check_names(weights)
         bound: dict[str, Tensor] = {}
         kinds: dict[Any, tuple[str, Any]] = {}
+        need_grad = shells_need_grad()
         for name, own in self.params.items():
             weight = weights[name]
             check_fit(name, weight, own, kinds)
             if isinstance(weight, Operator):
                 if not self._training[name] and weight.has_dropout:
                     weight = weight.replace(weight.matrix.deterministic())
-                bound[name] = carry(weight)
+                bound[name] = carry(weight, need_grad)
             else:
                 bound[name] = weight
         for name in self._renormed:

@@ -1,27 +1,39 @@
 """From effective weights back to plain tensors."""
 
 from collections.abc import Mapping
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from peft_func.errors import AddinError, OptionError
 from peft_func.weights.around import Around
+from peft_func.weights.buffers import check_buffers
+from peft_func.weights.chunks import Scratch, form, form_into, is_plain
 from peft_func.weights.mapping import Weights
 from peft_func.weights.operator import Operator
 
 
-def merge(weights: Mapping[str, Tensor | Operator]) -> dict[str, Tensor]:
+def merge(weights: Mapping[str, Tensor | Operator], *, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the effective weights as plain tensors.
+
+    Where no gradient is needed, each is formed in one pass, some rows at a time, with no temporary of its size.
 
     Args:
         weights: what `adapter.apply` returned, or any mapping of names to tensors and operators.
+        into: tensors that receive the values, such as another model's `dict(net.named_parameters())`: one of the shape,
+            dtype and device of the parameter for each name that a transform changed, and for any others. They share
+            no memory with the weights, or with each other. They are written without a graph, as by an optimizer: leaves
+            that require gradients are welcome, results of a graph are not. Nothing is written before all is checked.
 
     Returns:
-        A new dict. What no transform changed is the same tensor object; what one changed is a new tensor of the
-        parameter's dtype, computed in float32 at least and rounded once. Differentiable; nothing is written.
+        A new dict of all names. What no transform changed is the same tensor object; what one changed is a new tensor
+        of the parameter's dtype, computed in float32 at least and rounded once. Differentiable; nothing is written.
+        With `into`, the tensors of `into` stand at their names, and there are no gradients.
 
     Raises:
         AddinError: there are add-ins, which no weight can hold; the message names them.
+        OptionError: `into` cannot receive the values; the message names the first tensor and says why.
 
     Example:
         >>> import torch, peft_func as pf
@@ -30,9 +42,39 @@ def merge(weights: Mapping[str, Tensor | Operator]) -> dict[str, Tensor]:
         >>> merged = pf.merge(adapter.apply(*adapter.init(0)))
         >>> net.load_state_dict(merged)
         <All keys matched successfully>
+        >>> served = torch.nn.Linear(4, 3)
+        >>> merged = pf.merge(adapter.apply(*adapter.init(0)), into=dict(served.named_parameters()))
+        >>> merged["weight"] is served.weight
+        True
     """
     refuse_arounds(weights)
-    return {path: value.materialise() if isinstance(value, Operator) else value for path, value in weights.items()}
+    if into is not None:
+        return _written(weights, into)
+    scratch: Scratch = {}
+    return {path: form(value, scratch) if isinstance(value, Operator) else value for path, value in weights.items()}
+
+
+def _written(weights: Mapping[str, Tensor | Operator], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    check_buffers(weights, into, _changed(weights))
+    with torch.no_grad():
+        # What cannot be written in chunks is formed first: it may raise, and then nothing is written.
+        values = {
+            path: value.materialise() if isinstance(value, Operator) and not is_plain(value) else value
+            for path, value in weights.items()
+        }
+        scratch: Scratch = {}
+        for path, buffer in into.items():
+            value = values[path]
+            if isinstance(value, Operator):
+                form_into(value, buffer, scratch)
+            else:
+                buffer.copy_(value)
+    return {path: into[path] if path in into else cast("Tensor", value) for path, value in weights.items()}
+
+
+def _changed(weights: Mapping[str, Tensor | Operator]) -> list[str]:
+    base = weights.base if isinstance(weights, Weights) else weights
+    return [path for path, value in weights.items() if isinstance(value, Operator) or value is not base[path]]
 
 
 def refuse_arounds(weights: Mapping[str, Tensor | Operator]) -> None:
