@@ -94,6 +94,7 @@ from peft_func.functional.model import functionalize as functionalize
 from peft_func.functional.modes import with_modes as with_modes
 from peft_func.functional.observe import Observed as Observed
 from peft_func.functional.observe import observe as observe
+from peft_func.functional.remat import remat as remat
 from peft_func.interop.alignment import align as align
 from peft_func.interop.bank import AdapterBank as AdapterBank
 from peft_func.interop.description import describe as describe
@@ -111,6 +112,10 @@ from peft_func.report.cluster_report import Clusters as Clusters
 from peft_func.report.clusters import cluster_maps as cluster_maps
 from peft_func.report.maps import ClusterMaps as ClusterMaps
 from peft_func.report.maps import TokenMaps as TokenMaps
+from peft_func.report.memory import PeakMemory as PeakMemory
+from peft_func.report.memory import peak_memory as peak_memory
+from peft_func.report.plan import Plan as Plan
+from peft_func.report.plan import plan as plan
 from peft_func.report.preview import Preview as Preview
 from peft_func.report.preview import preview as preview
 from peft_func.report.table import Table as Table
@@ -178,6 +183,7 @@ from peft_func.trees.stack import stack as stack
 from peft_func.trees.stack import unstack as unstack
 from peft_func.weights.densify import DensifyWarning as DensifyWarning
 from peft_func.weights.densify import densify as densify
+from peft_func.weights.graph import graph as graph
 from peft_func.weights.mapping import Weights as Weights
 from peft_func.weights.matrix import Dense as Dense
 from peft_func.weights.matrix import Diagonal as Diagonal
