@@ -10,7 +10,12 @@ from tqdm.auto import tqdm
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, *, title: str = "", warmup: int = 1
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    title: str = "",
+    warmup: int = 1,
+    wait: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time functions side by side in one process.
 
@@ -22,6 +27,7 @@ def interleave(
         rounds: how many times each is timed.
         title: for the progress bar, which shows on a terminal only.
         warmup: rounds before the first that counts.
+        wait: returns once the device is done; called before and after each call.
 
     Returns:
         Seconds, one for each round, by name.
@@ -33,18 +39,20 @@ def interleave(
             start = i % len(names)
             for name in names[start:] + names[:start]:
                 bar.set_postfix_str(name)
-                elapsed = timed(calls[name])
+                elapsed = timed(calls[name], wait)
                 if i >= 0:
                     seconds[name].append(elapsed)
                 bar.update()
     return seconds
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Return the seconds that a call takes, without the garbage of the calls before it."""
+def timed(call: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> float:
+    """Return the seconds that a call takes, without the garbage of the calls before it, until `wait` returns."""
     gc.collect()
+    wait()
     start = time.perf_counter()
     result = call()
+    wait()
     elapsed = time.perf_counter() - start
     del result
     return elapsed

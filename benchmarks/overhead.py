@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_func as pf
-from benchmarks.variants import peft_model
+from benchmarks.peers import peft_model
 
 PLAIN = "plain call"
 FUNCTIONAL = "functional_call"
@@ -17,25 +17,30 @@ APPLY = "peft_func LoRA, apply"
 APPLY_CALL = "peft_func LoRA, apply + call"
 PEFT = "PEFT LoRA, call"
 
-PEERS = {GIVEN: (FUNCTIONAL,), APPLY: (PEFT,), APPLY_CALL: (PEFT, FUNCTIONAL)}
+TITLE = "300 tensors of 8 x 8, rank 4"
+BASE = PLAIN
+"""What costs are counted above."""
+
+PEERS = {GIVEN: (FUNCTIONAL,), APPLY_CALL: (PEFT, FUNCTIONAL)}
 """What each is compared with, besides the plain call."""
 
 
-def build(layers: int = 150, rank: int = 4) -> dict[str, Callable[[], Any]]:
+def build(layers: int = 150, rank: int = 4, device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """Return the calls, forward only; adapters require gradients, so their graphs are built.
 
     Args:
         layers: each has a weight of 8 x 8 and a bias.
         rank: of LoRA, on every weight.
+        device: where all of it lies.
 
     Raises:
         AssertionError: they compute different things.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))).requires_grad_(False)
-        x = torch.randn(4, 8)
-        theirs = _peft_net(layers, net, rank)
+        net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))).to(device).requires_grad_(False)
+        x = torch.randn(4, 8).to(device)
+        theirs = _peft_net(layers, net, rank).to(device)
     model = pf.functionalize(net)
     adapter = pf.bind(pf.lora(r"\d+", rank=rank), model)
     frozen, trainable = adapter.init(0)

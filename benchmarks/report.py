@@ -1,4 +1,4 @@
-"""Runs as data: a table on the terminal, a table in Markdown, a JSON file."""
+"""Runs as data: one table on the terminal, the same in Markdown, a JSON file."""
 
 import datetime as dt
 import importlib.metadata
@@ -7,48 +7,56 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
+from math import floor, log10
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
 import torch
+from rich import box
 from rich.table import Table
 
-from benchmarks import models, overhead, variants
-
 Run: TypeAlias = dict[str, Any]
-"""One table: model, rank, seconds by variant, peak bytes by variant (where measured), and the machine."""
+"""One group of rows, measured in turn.
 
-OVERHEAD = "overhead"
+Keys: `model`, `rank`, `kind`, `title`, `weights`, `machine`; `base`, the row that overhead is counted from; `against`,
+the peers by row; `seconds`, those of every round by row; `peak_bytes` by row, where measured.
+"""
+
+HEADER = [
+    "", "min ms", "median ms", "against", "time, low", "median", "/ floor, low", "median", "overhead, low", "median",
+    "peak MiB", "/ peer",
+]  # fmt: skip
+TEXT = (0, 3)
+"""The columns that hold words."""
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Say where, when and with what a run was made."""
-    packages = ("torch", "transformers", "peft")
+def machine(threads: int, device: str | None = None) -> dict[str, Any]:
+    """Say where, when and with what a run was made; libraries that are not installed are left out."""
+    there = {found.name for found in importlib.metadata.distributions()}
+    names = ("torch", "transformers", "peft", "loralib", "torchtune", "torchao")
     return {
-        "cpu": _cpu(),
+        "device": device or cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: importlib.metadata.version(name) for name in names if name in there},
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Return the model of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return found[0] if found else platform.processor() or platform.machine()
 
 
-def run(
-    model: str, rank: int, seconds: Mapping[str, list[float]], info: Mapping[str, Any], peak: Mapping[str, int]
-) -> Run:
-    """Make the record of a run; times are kept to the microsecond, those of single calls to a hundredth of that."""
-    digits = 8 if model == OVERHEAD else 6
-    rounded = {name: [round(value, digits) for value in values] for name, values in seconds.items()}
-    return {"model": model, "rank": rank, "machine": dict(info), "seconds": rounded, "peak_bytes": dict(peak)}
+def rounded(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Keep five digits of every time: more than any of them repeats."""
+    return {name: [float(f"{value:.5g}") for value in values] for name, values in seconds.items()}
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, peer: str) -> tuple[float, float]:
@@ -57,58 +65,79 @@ def ratio(seconds: Mapping[str, list[float]], name: str, peer: str) -> tuple[flo
     return min(seconds[name]) / min(seconds[peer]), median(ours / theirs for ours, theirs in pairs)
 
 
-def title(record: Run) -> str:
-    """Return the heading of a run."""
-    rounds = len(next(iter(record["seconds"].values())))
-    if record["model"] == OVERHEAD:
-        return f"A call of 150 linear layers of 8 x 8, LoRA of rank {record['rank']}, {rounds} rounds"
-    return f"{models.TITLES[record['model']]}, rank {record['rank']}, {rounds} rounds"
+def overhead(seconds: Mapping[str, list[float]], base: str, name: str, peer: str) -> tuple[float, float]:
+    """Return `(low, median)` of what a row costs above the base, over what the peer costs above it.
 
-
-def header(record: Run) -> list[str]:
-    """Return the names of the columns."""
-    base, unit = ("plain", "us") if record["model"] == OVERHEAD else ("floor", "ms")
-    columns = ["", f"min {unit}", f"median {unit}", "against", "low", "median", f"/ {base}, low", "median"]
-    return columns + (["peak MiB"] if record["peak_bytes"] else [])
+    Both are `(a - 1) / (b - 1)`, where a and b are the ratios of the row and of the peer to the base; not a number
+    where the peer costs less than a twentieth above it: what is left then is noise over noise.
+    """
+    pairs = zip(ratio(seconds, name, base), ratio(seconds, peer, base), strict=True)
+    low, middle = ((ours - 1) / (theirs - 1) if theirs >= 1.05 else float("nan") for ours, theirs in pairs)
+    return low, middle
 
 
 def rows(record: Run) -> Iterator[list[str]]:
-    """Yield the lines of the table: one for each variant, and one more for each further peer."""
-    small = record["model"] == OVERHEAD
-    peers, base, scale = (overhead.PEERS, overhead.PLAIN, 1e6) if small else (variants.PEERS, variants.FLOOR, 1e3)
-    digits = 0 if small or min(map(min, record["seconds"].values())) > 0.1 else 1
-    seconds, peak = record["seconds"], record["peak_bytes"]
+    """Yield the lines of a run: one for each row, and one more for each further peer."""
+    seconds, peak, base = record["seconds"], record["peak_bytes"], record["base"]
     for name, values in seconds.items():
-        line = [name, f"{scale * min(values):.{digits}f}", f"{scale * median(values):.{digits}f}"]
-        against = [[peer, *_two(seconds, name, peer)] for peer in peers.get(name, ()) if peer in seconds]
-        floor = _two(seconds, name, base) if base in seconds and name != base else ["", ""]
-        memory = ([f"{peak[name] / 2**20:.1f}" if name in peak else ""]) if peak else []
-        first, *more = against or [["", "", ""]]
-        yield line + first + floor + memory
-        for other in more:
-            yield ["", "", "", *other, "", "", *["" for _ in memory]]
+        peers = [peer for peer in record["against"].get(name, ()) if peer in seconds]
+        first, *more = [_against(record, name, peer) for peer in peers] or [(["", "", ""], ["", ""], [""])]
+        times = [name, _three(1e3 * min(values)), _three(1e3 * median(values))]
+        above = _two(*ratio(seconds, name, base)) if base in seconds else ["", ""]
+        held = [f"{peak[name] / 2**20:.1f}" if name in peak else ""]
+        yield [*times, *first[0], *above, *first[1], *held, *first[2]]
+        for ratios, over, memory in more:
+            yield ["", "", "", *ratios, "", "", *over, "", *memory]
 
 
-def _two(seconds: Mapping[str, list[float]], name: str, peer: str) -> list[str]:
-    return [f"{value:.2f}" for value in ratio(seconds, name, peer)]
+def _against(record: Run, name: str, peer: str) -> tuple[list[str], list[str], list[str]]:
+    seconds, peak, base = record["seconds"], record["peak_bytes"], record["base"]
+    counted = base in seconds and base not in (name, peer)
+    over = _two(*overhead(seconds, base, name, peer)) if counted else ["", ""]
+    return [peer, *_two(*ratio(seconds, name, peer))], over, _two(peak[name] / peak[peer]) if peer in peak else [""]
 
 
-def table(record: Run) -> Table:
-    """Return the table for a terminal."""
-    result = Table(title=title(record), title_justify="left")
-    for i, column in enumerate(header(record)):
-        result.add_column(column, justify="left" if i in (0, 3) else "right", no_wrap=True)
-    for line in rows(record):
-        result.add_row(*line)
+def _two(*values: float) -> list[str]:
+    return ["" if value != value else f"{value:.2f}" for value in values]
+
+
+def _three(value: float) -> str:
+    """Write a number with three digits, or all of those before the point."""
+    return f"{value:.{max(0, 2 - floor(log10(value)))}f}"
+
+
+def heading(record: Run) -> list[str]:
+    """Return the line above a run's rows."""
+    rounds = len(next(iter(record["seconds"].values())))
+    return [record["title"], f"{rounds} rounds", *["" for _ in HEADER[2:]]]
+
+
+def table(records: list[Run]) -> Table:
+    """Return the one table of several runs, for a terminal."""
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for i, column in enumerate(HEADER):
+        word = i in TEXT
+        result.add_column(
+            column.replace(", ", "\n"),
+            justify="left" if word else "right",
+            no_wrap=not word,
+            max_width=32 if word else 9,
+        )
+    for record in records:
+        result.add_section()
+        result.add_row(*heading(record), style="bold")
+        for line in rows(record):
+            result.add_row(*line)
     return result
 
 
-def markdown(record: Run) -> str:
+def markdown(records: list[Run]) -> str:
     """Return the same table in Markdown."""
-    names = header(record)
-    align = [":--" if i in (0, 3) else "--:" for i in range(len(names))]
-    lines = [names, align, *rows(record)]
-    return f"**{title(record)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    lines = [HEADER, [":--" if i in TEXT else "--:" for i in range(len(HEADER))]]
+    for record in records:
+        title, *rest = heading(record)
+        lines += [[f"**{title}**", *rest], *rows(record)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def read(path: Path) -> list[Run]:
@@ -117,11 +146,11 @@ def read(path: Path) -> list[Run]:
 
 
 def write(path: Path, records: list[Run]) -> None:
-    """Write runs to a JSON file; those of the same model and rank that it holds are replaced, others kept."""
-    runs = {(record["model"], record["rank"]): record for record in [*read(path), *records]}
+    """Write runs to a JSON file; those of the same rows that it holds are replaced, others kept."""
+    runs = {(record["model"], record["rank"], record["kind"]): record for record in [*read(path), *records]}
     text = json.dumps({"runs": list(runs.values())}, indent=1)
-    # One line for each list of times: short, and readable in a diff.
-    text = re.sub(r"\[[\d\s.,e-]*\]", lambda found: " ".join(found[0].split()), text)
+    # One line for each list: short, and readable in a diff.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
     path.write_text(text + "\n", encoding="utf-8")
 
 
