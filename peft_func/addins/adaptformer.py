@@ -11,7 +11,6 @@ to what that gives. Which it is shows in the call: whether a norm ran before the
 """
 
 import functools
-from math import sqrt
 from typing import Any
 
 import torch
@@ -20,18 +19,17 @@ from torch import Tensor
 from peft_func.addins.across import noted
 from peft_func.addins.added import Change, adds
 from peft_func.addins.around import nothing
-from peft_func.addins.bottleneck import bottleneck_change, check_size, checked, dense, extras
+from peft_func.addins.bottleneck import bottleneck_change, check_size, checked, dense, ends, first_values
 from peft_func.addins.parts import blocks
 from peft_func.addins.place import Place, place_at
 from peft_func.addins.structure import Block, blocks_at
 from peft_func.addins.values import main, main_argument, with_main
-from peft_func.addins.width import widths
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.surround import Inner
 from peft_func.transforms.options import check_choice
 from peft_func.transforms.transform import Part, Transform, check_name
-from peft_func.trees.keys import split, uniform
+from peft_func.trees.keys import split
 from peft_func.trees.paths import Tree
 from peft_func.trees.select import Where
 from peft_func.weights.around import Site, at
@@ -98,23 +96,14 @@ def adaptformer(
 
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
         known = blocks_at(model, paths)
-        ends = {path: _ends(name, place_at(model, path), known.get(path), width) for path in paths}
+        places = [place_at(model, path) for path in paths]
+        sizes = {place.path: _ends(name, form, place, known.get(place.path), width) for place in places}
 
         def draw(weights: Weights, key: int) -> Tree:
-            tree: Tree = {}
-            for path, (inputs, outputs) in ends.items():
-                first = outputs if form == "sequential" else inputs
-                bound, like = 1 / sqrt(first), place_at(model, path).like
-                down = uniform((rank, first), bound, split(split(key, path), "down"), like)
-                zeros = functools.partial(torch.zeros, dtype=down.dtype, device=down.device)
-                tree[path] = {
-                    "down": down,
-                    "down_bias": zeros(rank),
-                    "up": zeros(outputs, rank),
-                    "up_bias": zeros(outputs),
-                    **extras(options, first, outputs, down),
-                }
-            return tree
+            return {
+                place.path: first_values(options, rank, *sizes[place.path], split(key, place.path), place.like)
+                for place in places
+            }
 
         sites = (site for path in paths for site in _sites(name, form, change, path, known.get(path)))
         return Transform(draw, nothing, sites=tuple(sites))
@@ -122,9 +111,9 @@ def adaptformer(
     return Part(blocks() if where is None else where, make, check_name(name), "adaptformer", options, modules=True)
 
 
-def _ends(name: str, place: Place, block: Block | None, width: int | None) -> tuple[int, int]:
+def _ends(name: str, form: str, place: Place, block: Block | None, width: int | None) -> tuple[int, int]:
     if block is None:
-        return widths(place, name, width)
+        return ends(place, name, form, width)
     if block.first is None:
         raise OptionError(
             f"{name}: no two linear maps of {block.path!r} go from its {block.width} features and back, so its "

@@ -25,7 +25,7 @@ from peft_func.addins.place import Place
 from peft_func.addins.width import widths
 from peft_func.errors import OptionError
 from peft_func.functional.surround import Inner
-from peft_func.transforms.options import check_choice, check_number
+from peft_func.transforms.options import check_choice, check_number, check_probability
 from peft_func.transforms.transform import Part
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
@@ -112,11 +112,7 @@ def bottleneck(
 
     def init(place: Place, key: int) -> Tree:
         inputs, outputs = ends(place, name, form, width)
-        r = rank_at(place, name, options, inputs, outputs)
-        down = uniform((r, inputs), 1 / sqrt(inputs), split(key, "down"), place.like)
-        zeros = functools.partial(torch.zeros, dtype=down.dtype, device=down.device)
-        matrices = {"down": down, "down_bias": zeros(r), "up": zeros(outputs, r), "up_bias": zeros(outputs)}
-        return matrices | extras(options, inputs, outputs, down)
+        return first_values(options, rank_at(place, name, options, inputs, outputs), inputs, outputs, key, place.like)
 
     change = functools.partial(bottleneck_change, dense, acting)
     return adding(where, change, init, form, name=name, kind="bottleneck", options=options)
@@ -136,13 +132,22 @@ def checked(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         check_choice(name, "scale", options["scale"], ("learned",))
     else:
         check_number(name, "scale", options["scale"])
-    if not 0.0 <= check_number(name, "dropout", options["dropout"]) < 1.0:
-        raise OptionError(f"{name}: dropout={options['dropout']!r} is a probability, from 0 up to but not 1")
+    check_probability(name, "dropout", options["dropout"])
     if check_number(name, "reduction", options["reduction"]) <= 0:
         raise OptionError(f"{name}: reduction={options['reduction']!r} is not above 0: the rank is width / reduction")
     check_size(name, "width", options["width"])
     check_size(name, "rank", options["rank"])
     return {key: options[key] for key in ("activation", "scale", "layer_norm", "dropout")}
+
+
+def refuse_form(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse the form as an option of what places bottlenecks in one form.
+
+    Raises:
+        OptionError: names the call that takes it.
+    """
+    if "form" in options:
+        raise OptionError(f"{name} knows its form; for another one, pf.bottleneck(where, form=...)")
 
 
 LARGEST = 2**20
@@ -181,6 +186,14 @@ def rank_at(place: Place, name: str, options: Mapping[str, Any], inputs: int, ou
             "give rank= or reduction="
         )
     return int(wanted) if options["rank"] else max(multiple, int(wanted) // multiple * multiple)
+
+
+def first_values(options: Mapping[str, Any], rank: int, inputs: int, outputs: int, key: int, like: Tensor) -> Tree:
+    """Return the first values of the tree of a place: Down as `nn.Linear` draws it, Up and the biases zero."""
+    down = uniform((rank, inputs), 1 / sqrt(inputs), split(key, "down"), like)
+    zeros = functools.partial(torch.zeros, dtype=down.dtype, device=down.device)
+    matrices = {"down": down, "down_bias": zeros(rank), "up": zeros(outputs, rank), "up_bias": zeros(outputs)}
+    return matrices | extras(options, inputs, outputs, down)
 
 
 def extras(options: Mapping[str, Any], inputs: int, outputs: int, like: Tensor) -> Tree:

@@ -26,7 +26,7 @@ from peft_func.addins.width import widths
 from peft_func.errors import AddinError, OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.surround import Inner
-from peft_func.transforms.options import check_choice, check_number
+from peft_func.transforms.options import check_choice, check_number, check_probability
 from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
@@ -78,8 +78,7 @@ def convpass(
     check_size(name, "width", width)
     check_number(name, "scale", scale)
     check_choice(name, "init", init, ("identity", "xavier"))
-    if not 0.0 <= check_number(name, "dropout", dropout) < 1.0:
-        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
+    check_probability(name, "dropout", dropout)
     if grid is not None:
         if not isinstance(grid, tuple | list) or len(grid) != 2:
             raise OptionError(f"{name}: grid={grid!r} is no pair of rows and columns, such as grid=(14, 14)")

@@ -21,10 +21,10 @@ from typing import Any
 
 from torch import nn
 
-from peft_func.addins.bottleneck import bottleneck
+from peft_func.addins.bottleneck import bottleneck, refuse_form
 from peft_func.addins.parts import Chosen
 from peft_func.addins.structure import Block, blocks_of, linear_widths, projections_of
-from peft_func.errors import OptionError, SelectorError
+from peft_func.errors import SelectorError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.walk import Structural, resolve_modules
 from peft_func.transforms.options import check_flag
@@ -89,7 +89,7 @@ def houlsby(where: Where | None = None, *, name: str = "houlsby", **options: Any
         >>> list(trainable["houlsby"])
         ['layers.0.self_attn', 'layers.0.linear2', 'layers.1.self_attn', 'layers.1.linear2']
     """
-    _refuse_form(name, options)
+    refuse_form(name, options)
     places = projections() if where is None else projections() & as_selector(where)
     return bottleneck(places, name=name, **options)
 
@@ -146,7 +146,7 @@ def pfeiffer(
         >>> list(trainable["pfeiffer"])
         ['layers.0.norm2', 'layers.1.norm2']
     """
-    _refuse_form(name, options)
+    refuse_form(name, options)
     if post_norm is not None:
         check_flag(name, "post_norm", post_norm)
     bottleneck("", name=name, **options)  # options are checked here and not only at bind
@@ -208,8 +208,3 @@ def _output(root: nn.Module, block: Block, attention: str) -> str:
 def _gives(module: nn.Module, width: int) -> bool:
     widths = linear_widths(module)
     return widths is not None and widths[1] == width
-
-
-def _refuse_form(name: str, options: dict[str, Any]) -> None:
-    if "form" in options:
-        raise OptionError(f"{name} knows its form; for another one, pf.bottleneck(where, form=...)")

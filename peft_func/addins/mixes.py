@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_func.errors import OptionError
 from peft_func.functional.surround import Inner
-from peft_func.transforms.options import check_number
+from peft_func.transforms.options import check_number, check_probability
 from peft_func.trees.keys import normal, split
 from peft_func.trees.paths import Tree
 
@@ -58,10 +58,7 @@ def fusion_options(name: str, count: int, *, dropout: object) -> dict[str, Any]:
     Raises:
         OptionError: the dropout is no probability.
     """
-    p = check_number(name, "dropout", dropout)
-    if not 0.0 <= p < 1.0:
-        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
-    return {"dropout": p}
+    return {"dropout": check_probability(name, "dropout", dropout)}
 
 
 def _averaged(options: Mapping[str, Any], own: Tree, h: Tensor, added: Tensor, inner: Inner) -> Tensor:

@@ -11,11 +11,11 @@ from typing import Any
 
 from peft_func.addins.across import note, noted
 from peft_func.addins.added import Change, change_of
-from peft_func.addins.bottleneck import bottleneck
+from peft_func.addins.bottleneck import bottleneck, refuse_form
 from peft_func.addins.parts import Chosen
 from peft_func.addins.structure import blocks_of
 from peft_func.addins.values import main, with_main
-from peft_func.errors import OptionError, SelectorError
+from peft_func.errors import SelectorError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.surround import Inner
 from peft_func.functional.walk import Structural
@@ -48,8 +48,7 @@ def parallel_adapter(where: Where | None = None, *, name: str = "parallel_adapte
         >>> list(trainable["parallel_adapter"])
         ['layers.0.linear2', 'layers.1.linear2']
     """
-    if "form" in options:
-        raise OptionError(f"{name} knows its form; for another one, pf.bottleneck(where, form=...)")
+    refuse_form(name, options)
     places = Ends() if where is None else Ends() & as_selector(where)
     part = bottleneck(places, name=name, **options)
 

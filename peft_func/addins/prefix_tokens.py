@@ -1,7 +1,7 @@
 """How many tokens come before those that an add-in is about."""
 
-from peft_func.addins.structure import structure_of
-from peft_func.errors import OptionError, SelectorError
+from peft_func.addins.structure import parts_of
+from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 
 PROMPTS = "prompts"
@@ -21,10 +21,7 @@ def prefix_of(model: FunctionalModel, given: int | None, name: str) -> int:
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             raise OptionError(f"{name}: prefix={given!r} is no number of tokens")
         return given
-    try:
-        known = structure_of(model).prefix
-    except SelectorError:
-        known = None
+    known = parts_of(model).prefix
     if known is None:
         raise OptionError(
             f"{name}: {model!r} has no patches of images, so the number of tokens before them is unknown; give "

@@ -27,7 +27,7 @@ from peft_func.addins.width import widths
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.surround import Inner
-from peft_func.transforms.options import check_choice, check_flag, check_number, check_rank
+from peft_func.transforms.options import check_choice, check_flag, check_probability, check_rank
 from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import normal, split, uniform
 from peft_func.trees.paths import Tree
@@ -174,8 +174,7 @@ def _reft(where: Where, edit: Edit, leaves: Leaves, options: dict[str, Any], nam
     positions = options["positions"] = read_positions(name, options["positions"])
     check_flag(name, "tied", options["tied"])
     check_choice(name, "init", options["init"], INITS)
-    if not 0.0 <= check_number(name, "dropout", options["dropout"]) < 1.0:
-        raise OptionError(f"{name}: dropout={options['dropout']!r} is a probability, from 0 up to but not 1")
+    check_probability(name, "dropout", options["dropout"])
     if not isinstance(options["mask"], str) or not options["mask"].isidentifier():
         raise OptionError(f"{name}: mask={options['mask']!r} is no name of an argument, such as 'attention_mask'")
     split_ends = has_two_ends(positions) and not options["tied"]

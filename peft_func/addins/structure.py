@@ -78,13 +78,21 @@ def structure_of(model: FunctionalModel) -> Structure:
     Raises:
         SelectorError: no repeated blocks with attentions were found.
     """
+    structure = parts_of(model)
+    if not structure.blocks:
+        raise SelectorError(
+            f"{type(model._skeleton.root).__name__} has no list of modules of one class that each hold an attention "
+            "(projections of queries, keys and values); select modules by name, by pf.of_type or by a regex"
+        )
+    return structure
+
+
+def parts_of(model: FunctionalModel) -> Structure:
+    """Return the parts of a transformer; of another model, a structure without any."""
     root = model._skeleton.root
     lists = _lists_of_blocks(root)
     if not lists:
-        raise SelectorError(
-            f"{type(root).__name__} has no list of modules of one class that each hold an attention (projections of "
-            "queries, keys and values); select modules by name, by pf.of_type or by a regex"
-        )
+        return Structure((), (), None, None, None)
     blocks = tuple(_block(root, path) for paths in lists for path in paths)
     behind = _behind(root, lists[-1])
     linear = [path for path in behind if linear_widths(root.get_submodule(path))]
@@ -284,8 +292,5 @@ def _prefix(root: nn.Module, blocks: tuple[Block, ...]) -> int:
 
 def blocks_at(model: FunctionalModel, paths: Iterable[str]) -> dict[str, Block]:
     """Return, of these paths, those of blocks, with the blocks; a model without any is no error."""
-    try:
-        known = {block.path: block for block in blocks_of(model)}
-    except SelectorError:
-        return {}
+    known = {block.path: block for block in parts_of(model).blocks}
     return {path: known[path] for path in paths if path in known}

@@ -22,13 +22,13 @@ from peft_func.addins.bottleneck import check_size
 from peft_func.addins.parts import blocks
 from peft_func.addins.place import place_at
 from peft_func.addins.prefix_tokens import PROMPTS, prefix_of
-from peft_func.addins.structure import blocks_at, structure_of
+from peft_func.addins.structure import blocks_at, parts_of
 from peft_func.addins.values import main, main_argument, with_main, with_main_argument
 from peft_func.addins.width import widths
-from peft_func.errors import AddinError, OptionError, SelectorError
+from peft_func.errors import AddinError, OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.functional.surround import Inner
-from peft_func.transforms.options import check_flag, check_number
+from peft_func.transforms.options import check_flag, check_number, check_probability
 from peft_func.transforms.transform import Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
@@ -86,8 +86,7 @@ def vpt(
     check_flag(name, "keep", keep)
     if bound is not None and check_number(name, "bound", bound) < 0:
         raise OptionError(f"{name}: bound={bound!r} is below 0")
-    if not 0.0 <= check_number(name, "dropout", dropout) < 1.0:
-        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
+    check_probability(name, "dropout", dropout)
     options: dict[str, Any] = {
         "tokens": tokens,
         "deep": deep,
@@ -112,7 +111,7 @@ def vpt(
             path: known[path].width if path in known else widths(place_at(model, path), name, width)[0]
             for path in owners
         }
-        bounds = {path: _bound(model, size, name) if bound is None else bound for path, size in sizes.items()}
+        bounds = _bounds(model, sizes, bound, name)
 
         def draw(weights: Weights, key: int) -> Tree:
             tree: Tree = {}
@@ -168,25 +167,22 @@ def prompted(
 
 def _span(model: FunctionalModel, paths: tuple[str, ...]) -> tuple[str, ...]:
     """Return these paths and those of the blocks between them, through which prompts go as well."""
-    try:
-        every = tuple(block.path for block in structure_of(model).blocks)
-    except SelectorError:
-        return paths
+    every = tuple(block.path for block in parts_of(model).blocks)
     if not {*paths} <= {*every}:
         return paths
     return every[every.index(paths[0]) : every.index(paths[-1]) + 1]
 
 
-def _bound(model: FunctionalModel, width: int, name: str) -> float:
-    try:
-        patch = structure_of(model).patch
-    except SelectorError:
-        patch = None
+def _bounds(model: FunctionalModel, sizes: dict[str, int], bound: float | None, name: str) -> dict[str, float]:
+    """Return v for each place: what the user says, or by the equation of this file."""
+    if bound is not None:
+        return dict.fromkeys(sizes, bound)
+    patch = parts_of(model).patch
     if patch is None:
         raise OptionError(
             f"{name}: {model!r} has no patches of images, whose size the bound is made of; give bound=..."
         )
-    return sqrt(6 / (patch + width))
+    return {path: sqrt(6 / (patch + width)) for path, width in sizes.items()}
 
 
 def check_alone(x: Tensor, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_func.errors import OptionError
-from peft_func.transforms.options import check_choice, check_number
+from peft_func.transforms.options import check_choice, check_number, check_probability
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -142,8 +142,7 @@ def _check_option(name: str, value: Any) -> None:
         case "norm":
             check_choice("gift", name, value, NORMS)
         case "drop_path":
-            if not 0.0 <= check_number("gift", name, value) < 1.0:
-                raise OptionError(f"gift: drop_path={value!r} is a probability, from 0 up to but not 1")
+            check_probability("gift", name, value)
         case "mlp_ratio" | "channel_mixing_ratio":
             if not 0.0 < check_number("gift", name, value) <= _LARGEST:
                 raise OptionError(f"gift: {name}={value!r} is a ratio above 0, up to {_LARGEST}")

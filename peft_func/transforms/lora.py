@@ -10,10 +10,17 @@ from math import prod, sqrt
 
 import torch
 
-from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.conv_views import VIEWS, change_of, view_shape
-from peft_func.transforms.options import biases, check_choice, check_flag, check_number, check_rank, per_place
+from peft_func.transforms.options import (
+    biases,
+    check_choice,
+    check_flag,
+    check_number,
+    check_probability,
+    check_rank,
+    per_place,
+)
 from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import normal, split, uniform
 from peft_func.trees.paths import Tree
@@ -77,8 +84,7 @@ def lora(
     check_flag(name, "rank_stabilized", rank_stabilized)
     check_flag(name, "bias", bias)
     alpha = None if alpha is None else check_number(name, "alpha", alpha)
-    if not 0.0 <= check_number(name, "dropout", dropout) < 1.0:
-        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
+    check_probability(name, "dropout", dropout)
     options = {
         "rank": rank,
         "alpha": alpha,

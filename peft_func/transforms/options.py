@@ -46,6 +46,18 @@ def check_number(method: str, option: str, value: object) -> float:
     raise OptionError(f"{method}: {option}={repr(value)[:40]} is no finite number")
 
 
+def check_probability(method: str, option: str, value: object) -> float:
+    """Return the probability of dropping something, a number from 0 up to but not 1.
+
+    Raises:
+        OptionError: it is none.
+    """
+    number = check_number(method, option, value)
+    if not 0.0 <= number < 1.0:
+        raise OptionError(f"{method}: {option}={value!r} is a probability, from 0 up to but not 1")
+    return number
+
+
 class ByPath(dict[str, Number]):
     """Values by the exact names of parameters, where patterns are allowed too: what a file holds."""
 

@@ -19,7 +19,15 @@ from torch import Tensor
 from peft_func.errors import OptionError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.gift_groups import Share, base_groups, check_share
-from peft_func.transforms.options import SEPARATE_PROJECTIONS, biases, check_choice, check_number, check_rank, per_place
+from peft_func.transforms.options import (
+    SEPARATE_PROJECTIONS,
+    biases,
+    check_choice,
+    check_number,
+    check_probability,
+    check_rank,
+    per_place,
+)
 from peft_func.transforms.transform import Changes, Part, Transform, check_name
 from peft_func.trees.keys import split, uniform
 from peft_func.trees.paths import Tree
@@ -93,8 +101,7 @@ def wegeft(
     check_choice(name, "init", init, ("default", "random"))
     check_share("wegeft", share)
     alpha = None if alpha is None else check_number(name, "alpha", alpha)
-    if not 0.0 <= check_number(name, "dropout", dropout) < 1.0:
-        raise OptionError(f"{name}: dropout={dropout!r} is a probability, from 0 up to but not 1")
+    check_probability(name, "dropout", dropout)
     options: dict[str, Any] = {
         "rank": rank, "alpha": alpha, "side": side, "share": share, "dropout": dropout, "init": init,
     }  # fmt: skip
