@@ -13,7 +13,8 @@ from torch import Tensor
 from peft_func.errors import TreeError
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter, check_tree
-from peft_func.trees.paths import from_leaves, join, leaves
+from peft_func.trees.paths import from_leaves, leaves
+from peft_func.trees.stack import count_stacked
 from peft_func.weights.groups import Grouped, Groups, column
 from peft_func.weights.layout import Layout, Storage
 from peft_func.weights.mapping import Weights
@@ -27,16 +28,7 @@ def count_members(adapter: Adapter, stacked: Mapping[str, Any]) -> int:
     Raises:
         TreeError: it is no stack of this adapter's trees.
     """
-    counts = {join(keys): tensor.shape[0] if tensor.dim() else 0 for keys, tensor in leaves(stacked)}
-    if not counts:
-        raise TreeError("the stacked tree has no leaves; make it with pf.stack([tree, ...])")
-    (path, count), *rest = counts.items()
-    odd = next(((other, length) for other, length in rest if length != count), None)
-    if odd is not None:
-        raise TreeError(
-            f"a stacked tree has one leading length; {path!r} has {count} and {odd[0]!r} has {odd[1]}. "
-            "Make it with pf.stack([tree, ...])"
-        )
+    count = count_stacked(stacked)
     if count == 0:
         raise TreeError("the stacked tree holds no adapter: its leading axis is empty")
     check_tree(stacked, {keys: (count, *shape) for keys, shape in adapter.spec.items()})

@@ -15,9 +15,10 @@ from torch import Tensor
 from peft_func.ensemble.ensemble import Ensemble, ensemble
 from peft_func.ensemble.members import count_members
 from peft_func.errors import OptionError, TreeError
+from peft_func.functional.gradient import gradient_of
 from peft_func.functional.model import FunctionalModel
 from peft_func.transforms.bind import Adapter
-from peft_func.trees.paths import Tree, from_leaves, join, leaves, map_leaves
+from peft_func.trees.paths import Tree, join, leaves, map_leaves
 
 MemberGrads = Callable[..., tuple[Tree, Tensor]]
 """`(frozen, stacked, inputs, targets=()) -> (gradients, losses)`, as `member_grads` returns it."""
@@ -101,17 +102,8 @@ def _grads(
         # Members do not meet, so the gradient of the sum holds each one's own.
         return losses.sum(), losses.detach()
 
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        grads, losses = torch.func.grad(total, has_aux=True)(stacked)
-        return grads, losses
-    own = map_leaves(lambda leaf: leaf.detach().requires_grad_(), stacked)
-    with torch.enable_grad():
-        value, losses = total(own)
-    flat = dict(leaves(own))
-    if not value.requires_grad:  # nothing of the tree is used
-        return map_leaves(torch.zeros_like, stacked), losses
-    found = torch.autograd.grad(value, list(flat.values()), materialize_grads=True)
-    return from_leaves(zip(flat, found, strict=True)), losses
+    grads, losses = gradient_of(total, stacked)
+    return map_leaves(torch.zeros_like, stacked) if grads is None else grads, losses
 
 
 def clip_members(grads: Mapping[str, Any], max_norm: float | Tensor) -> tuple[Tree, Tensor]:

@@ -5,10 +5,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from peft_func.functional.gradient import in_transform
+
 
 def readable() -> bool:
     """Say whether values can be looked at: not inside `torch.func` transforms, nor while compiling."""
-    return torch._C._functorch.peek_interpreter_stack() is None and not torch.compiler.is_compiling()
+    return not in_transform()
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

@@ -1,18 +1,15 @@
-"""The value and the gradient of a loss over a tree: by autograd, or by `torch.func.grad` inside its transforms.
-
-Both give the same numbers. Autograd is the faster one in eager mode; inside `vmap`, `grad` or `torch.compile` only
-`torch.func.grad` nests.
-"""
+"""The value and the gradient of a loss over a tree, and what a loss must be."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from peft_func.errors import TreeError
-from peft_func.trees.paths import Tree, from_leaves, join, leaves, map_leaves
+from peft_func.functional.gradient import gradient_of
+from peft_func.trees.paths import Tree, leaves
+from peft_func.trees.stack import count_stacked
 
 ValueAndGrad = Callable[..., tuple[Tree, Any]]
 """`(tree, *args) -> (gradients, value)`."""
@@ -34,8 +31,7 @@ def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False, members: 
     """
 
     def grads_of(tree: Mapping[str, Any], *args: Any) -> tuple[Tree, Any]:
-        flat = dict(leaves(tree))
-        if not flat:
+        if not any(leaves(tree)):
             raise TreeError("the tree has no leaves; there is nothing to train")
         count = count_stacked(tree) if members else None
 
@@ -55,19 +51,12 @@ def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False, members: 
             # Members do not meet, so the gradient of the sum holds each one's own.
             return value.sum(), tensors
 
-        if in_transform():
-            grads, tensors = torch.func.grad(total, has_aux=True)(dict(tree))
-        else:
-            own = map_leaves(lambda leaf: leaf.detach().requires_grad_(), tree)
-            with torch.enable_grad():
-                scalar, tensors = total(own)
-            if not scalar.requires_grad:
-                raise TreeError(
-                    "the loss does not depend on the tree: nothing of it was used, or the graph was cut (detach, "
-                    "no_grad, inference_mode) on the way"
-                )
-            found = torch.autograd.grad(scalar, [leaf for _, leaf in leaves(own)], materialize_grads=True)
-            grads = from_leaves(zip(flat, found, strict=True))
+        grads, tensors = gradient_of(total, tree)
+        if grads is None:
+            raise TreeError(
+                "the loss does not depend on the tree: nothing of it was used, or the graph was cut (detach, no_grad, "
+                "inference_mode) on the way"
+            )
         if not has_aux:
             return grads, tensors[0]
         form, others = rest
@@ -78,25 +67,6 @@ def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False, members: 
         )
 
     return grads_of
-
-
-def in_transform() -> bool:
-    """Say whether `torch.func` or `torch.compile` looks on, which autograd in eager mode would bypass."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def count_stacked(tree: Mapping[str, Any]) -> int:
-    """Return how many members a stacked tree has.
-
-    Raises:
-        TreeError: its leaves have no common leading length.
-    """
-    lengths = {join(keys): leaf.shape[0] if leaf.dim() else None for keys, leaf in leaves(tree)}
-    if not lengths or None in lengths.values() or len(set(lengths.values())) != 1:
-        raise TreeError(f"the leaves of a stacked tree have one common leading length; these have {lengths}")
-    count = next(iter(lengths.values()))
-    assert count is not None
-    return count
 
 
 def _check_loss(value: Any, count: int | None) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from peft_func.ensemble.training import clip_members
 from peft_func.errors import OptionError, TreeError
-from peft_func.training.gradient import ValueAndGrad, count_stacked, in_transform, value_and_grad
+from peft_func.functional.gradient import in_transform
+from peft_func.training.gradient import ValueAndGrad, value_and_grad
 from peft_func.training.optimizer import Optimizer
 from peft_func.trees.paths import Tree, leaves, map_leaves
+from peft_func.trees.stack import count_stacked
 
 
 class FunctionalOptimizer(Protocol):
@@ -113,7 +115,7 @@ def step(
         grads_of = _accumulated(grads_of, accumulate, has_aux=has_aux)
 
     def run(tree: Mapping[str, Any], state: Any, *args: Any) -> Stepped:
-        if members:
+        if members and loss is None:
             count_stacked(tree)
         found, value = grads_of(tree, *args)
         if clip_norm is not None:

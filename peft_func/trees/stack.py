@@ -47,15 +47,30 @@ def unstack(stacked: Mapping[str, Any]) -> list[Tree]:
         >>> [tree["a"].tolist() for tree in pf.unstack({"a": torch.tensor([[1.0], [2.0]])})]
         [[1.0], [2.0]]
     """
+    return [map_leaves(lambda tensor, i=i: tensor[i], stacked) for i in range(count_stacked(stacked))]
+
+
+def count_stacked(stacked: Mapping[str, Any]) -> int:
+    """Return how many trees a stacked one holds.
+
+    Raises:
+        TreeError: it has no leaves, or they have no common leading length.
+    """
     lengths = {join(keys): (tensor.shape[0] if tensor.ndim else None) for keys, tensor in leaves(stacked)}
     if not lengths:
-        raise TreeError("unstack needs leaves with one common leading length; this tree has no leaves")
+        raise TreeError(
+            "the leaves of a stacked tree have one common leading length; this tree has no leaves. Make it with "
+            "pf.stack([tree, ...])"
+        )
     (count, _), *_ = Counter(lengths.values()).most_common()
     odd = {path: length for path, length in lengths.items() if length is None or length != count}
     if count is None or odd:
         first = ", ".join(f"{path!r} has {length}" for path, length in list(odd.items())[:3])
-        raise TreeError(f"unstack needs one common leading length; most leaves have {count}, but {first}")
-    return [map_leaves(lambda tensor, i=i: tensor[i], stacked) for i in range(count)]
+        raise TreeError(
+            f"the leaves of a stacked tree have one common leading length; most leaves have {count}, but {first}. Make "
+            "it with pf.stack([tree, ...])"
+        )
+    return count
 
 
 def _kind(tensor: torch.Tensor) -> str:
