@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peft_func.functional.containers import Container, Place, hold_parameter
 from peft_func.functional.skeleton import Skeleton
-from peft_func.functional.surround import Forward, Inner, Notes, leave_fast_paths
+from peft_func.functional.surround import Forward, Inner, Notes, called_module
 from peft_func.transforms.bind import Adapter
 from peft_func.trees.paths import join, leaves
 from peft_func.weights.around import Around
@@ -62,9 +62,8 @@ def export_module(adapter: Adapter, frozen: Mapping[str, Tensor], trainable: Map
         root._modules["addins"] = held
     calls = _Calls()
     for around in weights.arounds:
-        module = root.get_submodule(around.path)
+        module = called_module(root, around.path)
         vars(module)["forward"] = _Surrounded(module.forward, module, around, _placed(around.tree, places), calls)
-        leave_fast_paths(root, around.path)
     vars(root)["forward"] = _Root(root.forward, calls)
     return root
 

@@ -80,11 +80,10 @@ def surround(root: nn.Module, arounds: Sequence[Around]) -> "list[Surrounded]":
     notes: Notes = {}
     installed = []
     for around in arounds:
-        module = root.get_submodule(around.path)
+        module = called_module(root, around.path)
         call = Surrounded(around, Inner(module.forward, module, around.path, notes))
         vars(module)["forward"] = call
         installed.append(call)
-        leave_fast_paths(root, around.path)
     return installed
 
 
@@ -101,16 +100,17 @@ def warn_of_unused(installed: "Iterable[Surrounded]") -> None:
         )
 
 
-def leave_fast_paths(root: nn.Module, path: str) -> None:
-    """Make the modules around a place call it."""
+def called_module(root: nn.Module, path: str) -> nn.Module:
+    """Return a module, and make those around it call it."""
     # In eval mode torch's encoder layers hand their weights to one fused kernel, which calls no module.
-    while path:
-        path = path.rpartition(".")[0]
-        module = root.get_submodule(path)
+    module = root
+    for name in path.split(".") if path else ():
         if isinstance(module, nn.TransformerEncoderLayer):
             vars(module)["activation_relu_or_gelu"] = 0
         elif isinstance(module, nn.TransformerEncoder):
             vars(module)["use_nested_tensor"] = False
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
 
 
 class Hosts:
@@ -158,9 +158,8 @@ class Entry(nn.Module):
         if missing and not self._now.places:
             self.root = structural_copy(self.root)
         for path in missing:
-            module = self.root.get_submodule(path)
+            module = called_module(self.root, path)
             vars(module)["forward"] = _Asking(module.forward, module, path, self._now)
-            leave_fast_paths(self.root, path)
         self._now.places |= missing
 
     def forward(self, arounds: tuple[Around, ...], *args: Any, **kwargs: Any) -> Any:
