@@ -6,16 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
+from tests.addins.small import added, gate
 from tests.threads import wrong_answers
 from tests.zoo import randn
-
-
-def gate(place, key):
-    return {"gate": 0.5 * torch.ones((), dtype=place.like.dtype)}
-
-
-def added(tree, taken, here):
-    return here + tree["gate"] * taken
 
 
 def mlp(depth=3):

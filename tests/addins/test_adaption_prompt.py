@@ -1,6 +1,5 @@
 """Gated adaption prompts against HF PEFT on a Llama, and against attention written out."""
 
-import copy
 import types
 
 import peft.tuners.adaption_prompt.layer as peft_layer
@@ -8,15 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import AdaptionPromptConfig, get_peft_model
+from peft import AdaptionPromptConfig
 
 import peft_func as pf
-from tests.zoo import ZOO, ids, randn, seeded
+from tests.addins.peers import QUIET, peer
+from tests.addins.small import MASKS, X
+from tests.zoo import ZOO, randn, seeded
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
-X = ids(2, 5, high=32)
-MASKS = [None, torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])]
+pytestmark = QUIET
 
 
 def away(tree):
@@ -29,8 +27,7 @@ def test_peft_gives_the_same_on_a_llama(layers, monkeypatch):
     monkeypatch.setattr(peft_layer, "F", exact)  # PEFT's softmax is in float32
     net = ZOO["llama"].build()
     config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=layers)
-    with torch.random.fork_rng():
-        peft = get_peft_model(copy.deepcopy(net), config).double().eval()
+    peft = peer(net, config)
     model = pf.functionalize(net)
     adapter = pf.bind(pf.adaption_prompt(pf.attentions(range(2 - layers, 2)), tokens=4), model)
     frozen, tree = adapter.init(0)
@@ -39,7 +36,7 @@ def test_peft_gives_the_same_on_a_llama(layers, monkeypatch):
     for module, place in zip(theirs, tree["adaption_prompt"].values(), strict=True):
         module.adaption_prompt.data.copy_(place["prompt"][None])
         module.adaption_gate.data.copy_(place["gate"][None])
-    for mask in MASKS:
+    for mask in MASKS.values():
         ours = model(adapter.apply(frozen, tree), X, attention_mask=mask).logits
         assert torch.allclose(ours, peft(input_ids=X, attention_mask=mask).logits, atol=1e-10, rtol=1e-10)
         assert not torch.allclose(ours, net(X, attention_mask=mask).logits, atol=1e-2)
@@ -107,9 +104,9 @@ def test_generation(use_cache):
     frozen, tree = adapter.init(0)
     weights = adapter.apply(frozen, away(tree))
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    tokens = model.method("generate")(weights, X, attention_mask=MASKS[1], use_cache=use_cache, **options)
+    tokens = model.method("generate")(weights, X, attention_mask=MASKS["left"], use_cache=use_cache, **options)
     for sample in range(2):
-        real = X[sample : sample + 1, int(5 - MASKS[1][sample].sum()) :]
+        real = X[sample : sample + 1, int(5 - MASKS["left"][sample].sum()) :]
         for _ in range(5):
             real = torch.cat([real, model(weights, real).logits[:, -1].argmax(-1, keepdim=True)], 1)
         assert torch.equal(tokens[sample, -5:], real[0, -5:])

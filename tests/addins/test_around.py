@@ -1,31 +1,16 @@
 """`pf.around`, `pf.before`, `pf.after`: against hooks on the plain module, and what they refuse."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import peft_func as pf
+from tests.addins.small import bound, ones, scaled
 from tests.zoo import ZOO, randn
 
 F = nn.functional
-
-
-def ones(place, key):
-    return {"scale": 1.5 * torch.ones((), dtype=place.like.dtype)}
-
-
-def scaled(tree, inner, *args, **kwargs):
-    return inner(*args, **kwargs) * tree["scale"]
-
-
-def bound(net, method, key=0):
-    model = pf.functionalize(net)
-    adapter = pf.bind(method, model)
-    frozen, tree = adapter.init(key)
-    return model, adapter, frozen, tree
 
 
 class Several(nn.Module):
@@ -69,17 +54,6 @@ def test_a_place_knows_its_module_and_where_it_computes():
     assert {path for path, *_ in seen} == {"0", "1"}
     assert {dtype for *_, dtype, _ in seen} == {torch.float64}
     assert seen[-2][-1] != seen[-1][-1]  # each place draws from a key of its own
-
-
-def test_later_parts_are_outside():
-    net = nn.Sequential(nn.Linear(4, 4)).double()
-    add = pf.after("0", lambda tree, y: y + 1, name="add")
-    double = pf.after("0", lambda tree, y: y * 2, name="double")
-    x = randn(2, 4)
-    for method, expected in ((pf.chain(add, double), (net(x) + 1) * 2), (pf.chain(double, add), net(x) * 2 + 1)):
-        model, adapter, frozen, tree = bound(net, method)
-        assert list(pf.leaves(tree)) == []
-        assert torch.equal(model(adapter.apply(frozen, tree), x), expected)
 
 
 def test_modules_with_several_arguments_keywords_and_outputs():
@@ -172,81 +146,6 @@ def test_merge_and_state_dict_name_what_cannot_be_merged():
     assert list(pf.delta(weights)) == ["0.weight"]
 
 
-class Quiet(nn.Module):
-    """Reads the weight of a module that it never calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return F.linear(self.used(x), self.read.weight)
-
-
-def test_a_module_that_is_never_called_is_warned_of():
-    model, adapter, frozen, tree = bound(Quiet(), pf.around("used|read", scaled, ones, name="ssf"))
-    with pytest.warns(pf.UnusedAddinWarning, match="'ssf' did nothing at read"):
-        model(adapter.apply(frozen, tree), torch.ones(1, 4))
-
-
-@pytest.mark.parametrize("place", ["layers.0.linear1", "layers.1.self_attn", "layers.0"])
-def test_the_fused_path_of_torchs_encoder_does_not_pass_an_addin_by(place):
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    net = nn.TransformerEncoder(layer, 2).double().eval()
-    model, adapter, frozen, tree = bound(net, pf.after(place, _doubled, name="twice"))
-    x, mask = randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
-    plain = copy.deepcopy(net).train()
-    for part in plain.modules():
-        if isinstance(part, nn.Dropout):
-            part.eval()
-        if isinstance(part, nn.MultiheadAttention):
-            part.dropout = 0.0
-    plain.get_submodule(place).register_forward_hook(lambda module, args, output: _doubled({}, output))
-    expected = plain(x, src_key_padding_mask=mask)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        output = model(adapter.apply(frozen, tree), x, src_key_padding_mask=mask)
-    assert torch.allclose(output[~mask], expected[~mask], atol=1e-10)
-
-
-def _doubled(tree, output):
-    return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
-
-
-def test_other_methods_of_the_model_meet_the_addins():
-    animal = ZOO["gpt2"]
-    net = animal.build()
-    model, adapter, frozen, tree = bound(net, pf.after(r".*mlp", lambda tree, y: -y, name="minus"))
-    plain = copy.deepcopy(net)
-    for block in plain.transformer.h:
-        block.mlp.register_forward_hook(lambda module, args, output: -output)
-    start, options = torch.tensor([[1, 2]]), {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    generated = model.method("generate")(adapter.apply(frozen, tree), start, **options)
-    assert torch.equal(generated, plain.generate(start, **options))
-
-
-def test_observe_sees_what_goes_in_and_out_of_the_addin():
-    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).double()
-    model, adapter, frozen, tree = bound(net, pf.around("0", scaled, ones))
-    x = randn(2, 4)
-    _, seen = pf.observe(model, adapter.apply(frozen, tree), ["0"], x)
-    assert torch.equal(seen["0"][0].output, 1.5 * net[0](x))
-
-
-def test_a_compiled_model_says_so_if_it_met_the_addin_too_late():
-    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    model, other = pf.functionalize(net), pf.functionalize(net)
-    adapter = pf.bind(pf.around("0", scaled, ones), model)
-    frozen, tree = adapter.init(0)
-    x = torch.ones(1, 4)
-    train = model.train()
-    run = torch.compile(lambda tree: train(adapter.apply(frozen, tree), x), fullgraph=True, backend="aot_eager")
-    assert torch.allclose(run(tree), train(adapter.apply(frozen, tree), x))
-    foreign = torch.compile(lambda tree: other(adapter.apply(frozen, tree), x), fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match=r"pf\.bind"):
-        foreign(tree)
-
-
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
@@ -280,18 +179,3 @@ def test_an_addin_that_finds_no_tensor_says_so():
 class Count(nn.Module):
     def forward(self, n):
         return n
-
-
-def test_an_addin_around_the_whole_model_does_not_hide_what_its_forward_takes():
-    """`generate` asks for the signature, and leaves out position ids for a model that has none."""
-    animal = ZOO["gpt2"]
-    net = animal.build()
-    model, adapter, frozen, tree = bound(
-        net, pf.around("", lambda tree, inner, *args, **kwargs: inner(*args, **kwargs))
-    )
-    ids, mask = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "output_logits": True}
-    options |= {"attention_mask": mask, "return_dict_in_generate": True}
-    ours = model.method("generate")(adapter.apply(frozen, tree), ids, **options)
-    theirs = net.generate(ids, **options)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours.logits, theirs.logits, strict=True))

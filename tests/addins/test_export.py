@@ -9,16 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
+from tests.addins.small import added, gate
 from tests.threads import wrong_answers
 from tests.zoo import ZOO, randn
-
-
-def gate(place, key):
-    return {"gate": 0.5 * torch.ones((), dtype=place.like.dtype)}
-
-
-def added(tree, taken, here):
-    return here + tree["gate"] * taken
 
 
 def scaled(tree, inner, *args, **kwargs):

@@ -1,24 +1,16 @@
 """Prefix tuning against HF PEFT with the same prefixes, and against attention written out."""
 
-import copy
-
 import pytest
 import torch
 import transformers
-from peft import PrefixTuningConfig, get_peft_model
+from peft import PrefixTuningConfig
 
 import peft_func as pf
-from tests.zoo import ZOO, ids, seeded
+from tests.addins.peers import QUIET, TASKS, labels_for, peer
+from tests.addins.small import MASKS, X
+from tests.zoo import ZOO, seeded
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
-TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
-X = ids(2, 5, high=32)
-MASKS = {
-    "none": None,
-    "left": torch.tensor([[0, 0, 1, 1, 1], [1] * 5]),
-    "right": torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
-}
+pytestmark = QUIET
 
 
 def twins(animal, mlp, **attributes):
@@ -29,9 +21,7 @@ def twins(animal, mlp, **attributes):
     config = PrefixTuningConfig(
         task_type=TASKS[animal], num_virtual_tokens=4, prefix_projection=mlp, encoder_hidden_size=6
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        peft = get_peft_model(copy.deepcopy(net), config).double().eval()
+    peft = peer(net, config)
     method = pf.prefix_tuning(pf.attentions(), tokens=4, reparameterize="mlp" if mlp else None, hidden=6)
     adapter = pf.bind(method, pf.functionalize(net))
     frozen, trainable = adapter.init(0)
@@ -59,7 +49,7 @@ def twins(animal, mlp, **attributes):
 @pytest.mark.parametrize("animal", TASKS)
 def test_peft_gives_the_same(animal, mlp, attention):
     peft, adapter, weights = twins(animal, mlp, _attn_implementation=attention)
-    labels = torch.tensor([0, 1]) if animal == "bert" else X
+    labels = labels_for(animal)
     tolerance = 1e-6 if attention == "eager" and animal == "llama" else 1e-10  # that softmax is in float32
     for mask in MASKS.values():
         call = {"input_ids": X, "attention_mask": mask, "labels": labels}

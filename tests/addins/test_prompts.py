@@ -6,34 +6,23 @@ import warnings
 import pytest
 import torch
 import transformers
-from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
 import peft_func as pf
+from tests.addins.peers import QUIET, TASKS, labels_for, peer
+from tests.addins.small import MASKS, X
 from tests.zoo import ZOO, ids, randn, seeded
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+pytestmark = QUIET
 
 EMBEDDINGS = {"gpt2": "wte", "llama": "embed_tokens", "bert": "word_embeddings"}
-TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
-X = ids(2, 5, high=32)
-MASKS = {
-    "none": None,
-    "left": torch.tensor([[0, 0, 1, 1, 1], [1] * 5]),
-    "right": torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
-}
-
-
-def labels_for(animal):
-    return torch.tensor([0, 1]) if animal == "bert" else X
 
 
 def twins(animal, config, **options):
     """The same net in HF PEFT and here."""
     net = ZOO[animal].build()
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        peft = get_peft_model(copy.deepcopy(net), config).double().eval()
+    peft = peer(net, config)
     adapter = pf.bind(pf.prompt_tuning([EMBEDDINGS[animal]], tokens=4, **options), pf.functionalize(net))
     frozen, tree = adapter.init(0)
     (place,) = tree["prompt_tuning"].values()
@@ -155,8 +144,7 @@ def t5():
 def test_t5_has_prompts_in_its_encoder():
     net = t5()
     config = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_transformer_submodules=1)
-    with torch.random.fork_rng():
-        peft = get_peft_model(copy.deepcopy(net), config).double().eval()
+    peft = peer(net, config)
     adapter = pf.bind(pf.prompt_tuning(["shared"], tokens=4), pf.functionalize(net))
     frozen, tree = adapter.init(0)
     (place,) = tree["prompt_tuning"].values()

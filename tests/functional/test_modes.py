@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import peft_func as pf
+from tests.loops import fit
 
 F = nn.functional
 
@@ -35,14 +36,7 @@ def plain(net, batches, affine, statistics):
         norm.requires_grad_(affine)
         norm.train(statistics == "updated")
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    losses = []
-    for x, y in batches:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
+    return fit(net, optimizer, batches)
 
 
 @pytest.mark.parametrize("statistics", ["updated", "kept"])

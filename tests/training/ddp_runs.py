@@ -12,8 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-import peft_func as pf
-from tests.training.lightning_runs import Batches, Log, trainer
+from tests.training.lightning_runs import Batches, Log, Theirs, backbone, finetuning, functional_module, trainer
 
 F = nn.functional
 WORLD = 2
@@ -40,30 +39,11 @@ class Plain(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.8)]
 
 
-def adapted():
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-    method = pf.chain(pf.lora("0", rank=2), pf.train("2", name="head"))
-
-    def adamw(named):
-        return torch.optim.AdamW([p for _, p in named], lr=0.01)
-
-    return pf.lightning.FunctionalModule(base, method, loss=F.cross_entropy, optimizer=adamw)
-
-
-def scheduled(schedule):
-    return pf.lightning.FunctionalFinetuning(pf.schedule(schedule))
-
-
-def backbone():
-    return pf.lightning.BackboneFinetuning(schedule=pf.BackboneSchedule(unfreeze_at=2))
-
-
 RUNS = {
-    "schedule": (Plain, partial(scheduled, SCHEDULE)),
-    "adapter": (adapted, partial(scheduled, PARTS)),
+    "schedule": (Plain, partial(finetuning, SCHEDULE)),
+    "adapter": (functional_module, partial(finetuning, PARTS)),
     "backbone": (Plain, backbone),
-    "theirs": (Plain, partial(pl.callbacks.BackboneFinetuning, unfreeze_backbone_at_epoch=2)),
+    "theirs": (Plain, partial(Theirs, unfreeze_backbone_at_epoch=2)),
 }
 
 

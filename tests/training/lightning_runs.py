@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import peft_func as pf
+from tests.training.nets import copy_of
 
 F = nn.functional
 
@@ -130,14 +131,6 @@ class Log(pl.Callback):
         return [last[epoch] for epoch in sorted(last)]
 
 
-def copy_of(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
 class Stop(Exception):
     """What ends a run as a killed process would."""
 
@@ -166,6 +159,32 @@ HEAD_THEN_ALL = {0: r"head\..*", 2: ".*"}
 def backbone(unfreeze_at=2, *, growth=2.0, initial=None, align=True, **options):
     schedule = pf.BackboneSchedule(unfreeze_at=unfreeze_at, growth=growth, initial=initial, align=align)
     return pf.lightning.BackboneFinetuning(schedule=schedule, **options)
+
+
+Theirs = pl.callbacks.BackboneFinetuning
+
+
+class TheirsByHand(pl.callbacks.BaseFinetuning):
+    """Lightning's own, as it is written by hand: freezes the backbone, thaws it at epoch 2."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.backbone, train_bn=False)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
+
+
+def functional_module():
+    """An adapter of two parts as a LightningModule."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    method = pf.chain(pf.lora("0", rank=2), pf.train("2", name="head"))
+
+    def adamw(named):
+        return torch.optim.AdamW([p for _, p in named], lr=0.01)
+
+    return pf.lightning.FunctionalModule(base, method, loss=F.cross_entropy, optimizer=adamw)
 
 
 def finetuning(schedule=None, **options):

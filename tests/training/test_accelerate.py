@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 import peft_func as pf
+from tests.training.nets import equal
 from tests.training.tiny import LORA, bert, rows
 
 ALL = pf.train(".*")
@@ -55,10 +56,6 @@ def prepared(module, **options):
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return accelerator, *accelerator.prepare(module, optimizer, scheduler, batches())
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"gradient_accumulation_steps": 2}], ids=str)

@@ -1,8 +1,6 @@
 """`pf.Adapted`: a module whose parameters are what trains, over a net that stays as it was."""
 
 import copy
-import inspect
-import io
 import pickle
 
 import pytest
@@ -11,31 +9,10 @@ from torch import nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 import peft_func as pf
+from tests.training.nets import copy_of, mlp, moved, unchanged
 from tests.zoo import ZOO, ConvNet, randn, seeded
 
 F = nn.functional
-
-
-def snapshot(net):
-    return {
-        name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in net.state_dict().items()
-    }
-
-
-def unchanged(net, before):
-    return all(torch.equal(value, before[name]) for name, value in net.state_dict().items()) and not any(
-        param.grad is not None for param in net.parameters()
-    )
-
-
-def bert():
-    animal = ZOO["bert"]
-    return animal.build(), animal
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double().eval()
 
 
 METHODS = {
@@ -51,15 +28,6 @@ METHODS = {
         name="shifts",
     ),
 }
-
-
-def moved(module, seed=1):
-    """Change every parameter, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for param in module.parameters():
-            param += 0.3 * torch.randn(param.shape, generator=generator, dtype=param.dtype)
-    return module
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,7 +49,7 @@ def test_the_parameters_are_the_leaves_of_the_tree_by_path(method):
 def test_the_call_is_that_of_the_functions(animal):
     animal = ZOO[animal]
     net, (args, kwargs) = animal.build(), animal.inputs(0)
-    before = snapshot(net)
+    before = copy_of(net)
     module = moved(pf.Adapted(net, pf.lora(animal.where[-1], rank=2)))
     model = pf.functionalize(net)
     adapter = pf.bind(pf.lora(animal.where[-1], rank=2), model)
@@ -99,7 +67,7 @@ def test_the_call_is_that_of_the_functions(animal):
 
 def test_training_is_that_of_the_plain_module():
     net, x, y = mlp(), randn(16, 6), torch.arange(16) % 3
-    twin, before = copy.deepcopy(net).train(), snapshot(net)
+    twin, before = copy.deepcopy(net).train(), copy_of(net)
     module = pf.Adapted(net, pf.train(".*")).train()
     ours, theirs = (torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (module, twin))
     for step in range(20):
@@ -119,7 +87,7 @@ def test_training_is_that_of_the_plain_module():
 
 def test_statistics_are_the_modules_own_and_saved_with_it():
     net = seeded(ConvNet)().train()
-    before, twin = snapshot(net), copy.deepcopy(net)
+    before, twin = copy_of(net), copy.deepcopy(net)
     module = pf.Adapted(net, pf.train(".*"))
     x = randn(4, 4, 12, 12)
     for _ in range(3):
@@ -140,7 +108,7 @@ def test_statistics_are_the_modules_own_and_saved_with_it():
 def test_always_eval_keeps_the_statistics():
     net = seeded(ConvNet)().train()
     module = pf.Adapted(net, pf.train(".*"), always_eval=pf.of_type(nn.BatchNorm2d)).train()
-    x, before = randn(4, 4, 12, 12), snapshot(net)
+    x, before = randn(4, 4, 12, 12), copy_of(net)
     twin = copy.deepcopy(net).train()
     twin.norm.eval()
     torch.testing.assert_close(module(x), twin(x), rtol=1e-12, atol=1e-12)
@@ -196,53 +164,6 @@ def test_functional_call_and_frozen_flags():
         assert [name for name, flag in flags.items() if not flag] == ["train.3.bias"]
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("mode", [True, False])
-def test_copies_are_equal_and_independent(how, mode):
-    net = seeded(ConvNet)()
-    module = moved(pf.Adapted(net, pf.chain(pf.lora("stem", rank=2), pf.train("head")))).train(mode)
-    x = randn(4, 4, 12, 12)
-    module(x)
-    if how == "deepcopy":
-        twin = copy.deepcopy(module)
-        assert twin.frozen["stem.weight"].data_ptr() == net.stem.weight.data_ptr()  # the base is shared
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(module))
-    else:
-        file = io.BytesIO()
-        torch.save(module, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    assert type(twin) is type(module)
-    assert twin.training is mode
-    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in module.state_dict().items())
-    expected = module(x)
-    assert torch.equal(twin(x), expected)
-    before = snapshot(module)
-    moved(twin).train()(x)
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def shifts_init(weights, key):
-    return {path: {"shift": torch.zeros_like(weight)} for path, weight in weights.items()}
-
-
-def shifts_apply(tree, weights):
-    return {path: weight + tree[path]["shift"] for path, weight in weights.items()}
-
-
-def test_a_method_of_ones_own_is_copied_and_pickles_as_its_functions_do():
-    x = randn(4, 6)
-    own = pf.on(r".*bias", pf.Transform(shifts_init, shifts_apply), name="shifts")
-    module = moved(pf.Adapted(mlp(), pf.chain(pf.lora("0", rank=2), pf.chain(own, name="inner"))))
-    assert torch.equal(copy.deepcopy(module)(x), module(x))
-    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
-    module = moved(pf.Adapted(mlp(), METHODS["own"]))
-    assert torch.equal(copy.deepcopy(module)(x), module(x))
-    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
-        pickle.dumps(module)
-
-
 def test_swa_averages_it():
     module = pf.Adapted(mlp(), pf.lora("0", rank=2))
     average = torch.optim.swa_utils.AveragedModel(module)
@@ -251,7 +172,7 @@ def test_swa_averages_it():
     for seed in range(3):
         moved(module, seed)
         average.update_parameters(module)
-        values.append(snapshot(module))
+        values.append(copy_of(module))
     for name, param in average.module.named_parameters():
         torch.testing.assert_close(param.data, sum(value[name] for value in values) / 3)
     assert average(x).shape == (4, 3)
@@ -278,7 +199,7 @@ def test_of_a_loaded_adapter(tmp_path):
 
 def test_to_casts_what_is_frozen_and_leaves_the_net():
     net, x = mlp(), randn(4, 6)
-    before = snapshot(net)
+    before = copy_of(net)
     module = moved(pf.Adapted(net, METHODS["chain"]))
     expected = module(x)
     assert module.float() is module
@@ -287,67 +208,6 @@ def test_to_casts_what_is_frozen_and_leaves_the_net():
     torch.testing.assert_close(module.double().train().eval()(x), expected, rtol=1e-5, atol=1e-5)
     assert module.to("meta").frozen["0.weight"].is_meta
     assert unchanged(net, before)
-
-
-def test_attributes_of_the_net_that_only_read():
-    net, animal = bert()
-    module = moved(pf.Adapted(net, pf.lora(animal.where[-1], rank=2)))
-    assert module.config.hidden_size == net.config.hidden_size
-    assert module.device == torch.device("cpu")
-    assert module.dtype == torch.float64
-    assert module.main_input_name == "input_ids"
-    assert inspect.signature(type(module).forward) == inspect.signature(type(net).forward)
-    assert inspect.signature(module.forward) == inspect.signature(net.forward)
-    assert type(module).__name__ == f"Adapted{type(net).__name__}"
-    assert isinstance(module, pf.Adapted)
-    module.config.use_cache = False
-    assert module.train().config is module.eval().config
-    assert module.model._skeleton.root.config.use_cache is False
-    assert net.config.use_cache is not False
-    assert module.num_parameters() == sum(param.numel() for param in net.parameters())
-    for name in ("bert", "save_pretrained", "resize_token_embeddings", "_init_weights", "nonsense"):
-        assert not hasattr(module, name)
-    with pytest.raises(pf.AttributeRefusedError, match="merged_state_dict"):
-        module.init_weights()
-    with pytest.raises(pf.AttributeRefusedError, match="observe"):
-        module.bert  # noqa: B018
-
-
-def test_generate_uses_the_effective_weights():
-    animal = ZOO["gpt2"]
-    net = animal.build()
-    before = snapshot(net)
-    module = moved(pf.Adapted(net, pf.lora(animal.where[-1], rank=2)))
-    merged = animal.build()
-    merged.load_state_dict(module.merged_state_dict())
-    start = torch.tensor([[1, 2, 3]])
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(module.generate(start, **options), merged.generate(start, **options))
-    assert not torch.equal(module.generate(start, **options), net.generate(start, **options))
-    assert unchanged(net, before)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("animal", ["bert", "gpt2", "llama"])
-def test_gradient_checkpointing_gives_the_same_gradients(animal, reentrant):
-    animal = ZOO[animal]
-    net, (args, kwargs) = animal.build(), animal.inputs(0)
-    method = pf.chain(pf.lora(animal.where[-1], rank=2), pf.train(pf.of_type(nn.Embedding)))
-    module = moved(pf.Adapted(net, method)).train()
-
-    def gradients():
-        module.zero_grad()
-        torch.manual_seed(1)
-        animal.output(module(*args, **kwargs)).square().sum().backward()
-        return [param.grad.clone() for param in module.parameters()]
-
-    plain = gradients()
-    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    for ours, theirs in zip(gradients(), plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert any(getattr(part, "gradient_checkpointing", False) for part in module.model._skeleton.root.modules())
-    assert not any(getattr(part, "gradient_checkpointing", False) for part in net.modules())
 
 
 @pytest.mark.slow
@@ -377,18 +237,6 @@ def test_a_part_that_would_hide_a_method_is_refused():
     with pytest.raises(pf.OptionError, match="adapter"):
         pf.Adapted(mlp(), pf.lora("0", rank=2, name="adapter"))
     assert pf.Adapted(mlp(), pf.lora("0", rank=2, name="train"))(randn(2, 6)).shape == (2, 3)
-
-
-def test_a_subclass_keeps_its_own_forward_and_class():
-    class Loss(pf.Adapted):
-        def forward(self, x, y):
-            return F.cross_entropy(super().forward(x), y)
-
-    module = Loss(mlp(), pf.lora("0", rank=2))
-    assert isinstance(module, Loss)
-    assert list(inspect.signature(module.forward).parameters) == ["x", "y"]
-    assert module(randn(3, 6), torch.tensor([0, 1, 2])).dim() == 0
-    assert isinstance(copy.deepcopy(module), Loss)
 
 
 def test_a_forward_that_someone_replaces_is_used():

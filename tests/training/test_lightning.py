@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 import peft_func as pf
 from peft_func.errors import MissingExtraError
 from tests.test_rooms import ALONE
-from tests.training.lightning_runs import QUIET, Log, data, equal, loader, trainer
+from tests.training.lightning_runs import QUIET, Log, data, loader, trainer
+from tests.training.nets import equal
 
 F = nn.functional
 ROOT = Path(__file__).parents[2]

@@ -11,21 +11,21 @@ from tests.training.lightning_runs import (
     HEAD,
     QUIET,
     Log,
+    Theirs,
+    TheirsByHand,
     WithNorm,
     backbone,
     data,
-    equal,
     finetuning,
     fit,
     loader,
     pl,
     trainer,
 )
+from tests.training.nets import equal
 
 F = nn.functional
 pytestmark = QUIET
-
-Theirs = pl.callbacks.BackboneFinetuning
 
 
 def test_row_train_bn_false_is_honoured_in_the_frozen_phase(tmp_path):
@@ -115,10 +115,7 @@ def test_row_equal_values_do_not_make_parameters_the_same(tmp_path):
         assert sum(map(len, groups)) == count  # theirs drops the second norm: equal to the first
 
 
-class TheirUnfreeze(pl.callbacks.BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.backbone, train_bn=False)
-
+class TheirUnfreeze(TheirsByHand):
     def finetune_function(self, pl_module, epoch, optimizer):
         if epoch == 1:
             for part in pl_module.backbone[:2]:

@@ -15,20 +15,19 @@ from tests.training.lightning_runs import (
     HEAD_THEN_ALL,
     QUIET,
     Log,
+    Theirs,
     WithNorm,
     backbone,
-    equal,
     finetuning,
     fit,
     loader,
     pl,
     trainer,
 )
+from tests.training.nets import equal
 
 F = nn.functional
 pytestmark = QUIET
-
-Theirs = pl.callbacks.BackboneFinetuning
 
 
 def step_lr(optimizer):

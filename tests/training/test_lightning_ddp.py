@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.training.ddp_runs import EPOCHS, RUNS, WORLD, run
-from tests.training.lightning_runs import QUIET, equal
+from tests.training.lightning_runs import QUIET
+from tests.training.nets import equal
 
 pytestmark = [pytest.mark.slow, *QUIET]
 BATCHES = 4

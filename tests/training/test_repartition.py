@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peft_func as pf
+from tests.loops import fit
 
 HEAD, LAST = pf.path(r"head\..*"), pf.path(r"blocks\.1\..*")
 RATE, GAMMA, DECAY = 0.05, 0.7, 0.1
@@ -54,12 +55,7 @@ def plain(net, batches, phases, epochs):
                 rate = optimizer.param_groups[0]["lr"]
                 optimizer.add_param_group({"params": [*module.parameters()], "lr": rate})
                 trained.add(module)
-        for x, y in batches:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(net(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
+        losses += fit(net, optimizer, batches)
         scheduler.step()
     return losses
 

@@ -21,7 +21,8 @@ from transformers import (
 
 import peft_func as pf
 from tests import zoo
-from tests.training.tiny import CHECKPOINTING, LORA, arguments, bert, curve, rows, seeded, trained
+from tests.training.nets import copy_of, equal
+from tests.training.tiny import CHECKPOINTING, LORA, accuracy, arguments, bert, curve, rows, seeded, trained
 
 ALL = pf.train(".*")
 ROUNDED = 2e-7  # Trainer adds losses in float32, whatever the model computes in
@@ -31,18 +32,6 @@ ROUNDED = 2e-7  # Trainer adds losses in float32, whatever the model computes in
 def folder(tmp_path):
     yield tmp_path / "run"
     shutil.rmtree(tmp_path)  # checkpoints
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 # What the plain module learns
@@ -69,7 +58,7 @@ def test_it_learns_bitwise_what_the_plain_module_learns(build, name):
     options = SAME[name]
     data = rows(64, 0, language=build is not bert)
     net = seeded(build)
-    before, plain = snapshot(net), trained(copy.deepcopy(net), data, **options)
+    before, plain = copy_of(net), trained(copy.deepcopy(net), data, **options)
     ours = trained(pf.Adapted(net, ALL), data, **options)
     assert curve(ours) == curve(plain)
     assert curve(ours, "grad_norm") == curve(plain, "grad_norm")
@@ -146,7 +135,7 @@ def test_it_learns_what_peft_learns():
 
 def test_it_learns_the_task_and_the_merged_weights_predict_the_same():
     net, data, held = bert(dropout=0.1), rows(256, 0), rows(64, 1)
-    before = snapshot(net)
+    before = copy_of(net)
     where = pf.of_type(nn.Linear) & ~pf.path("classifier")
     method = pf.chain(pf.lora(where, rank=8), pf.train(r".*(LayerNorm|bias|embeddings|classifier).*"))
     module = pf.Adapted(net, method)
@@ -172,7 +161,7 @@ def test_it_learns_the_task_and_the_merged_weights_predict_the_same():
 
 def test_the_best_checkpoint_is_loaded_and_checkpoints_hold_the_adapter_only(folder):
     net, held = bert(), rows(64, 1)
-    before = snapshot(net)
+    before = copy_of(net)
     run = trained(
         pf.Adapted(net, LORA), rows(64, 0), folder=folder, max_steps=12, learning_rate=0.3,
         lr_scheduler_type="constant", save_strategy="steps", save_steps=3, eval_strategy="steps",
@@ -250,7 +239,7 @@ def test_sequence_to_sequence_with_generation(folder):
         dropout_rate=0.0, initializer_factor=1.0,
     )  # fmt: skip
     net = seeded(lambda: transformers.T5ForConditionalGeneration(config))
-    before = snapshot(net)
+    before = copy_of(net)
     data = [
         {"input_ids": row["input_ids"], "labels": row["input_ids"][:4].clone()} for row in rows(64, 0, language=True)
     ]
@@ -358,7 +347,7 @@ def test_model_init_and_early_stopping(folder):
 
 def test_evaluation_in_bfloat16_casts_the_module_and_not_the_net():
     net, held = bert(), rows(16, 1)
-    before = snapshot(net)
+    before = copy_of(net)
     module = pf.Adapted(net, LORA)
     full = Trainer(model=module, args=arguments()).evaluate(held)["eval_loss"]
     half = Trainer(model=module, args=arguments(bf16_full_eval=True)).evaluate(held)["eval_loss"]

@@ -65,3 +65,7 @@ def trained(model, data, *, trainer=Trainer, kind=TrainingArguments, folder=None
 
 def curve(trainer, what="loss"):
     return [entry[what] for entry in trainer.state.log_history if what in entry]
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
