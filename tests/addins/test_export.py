@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
 from tests.addins.small import added, gate
+from tests.laws.conformance import perturbed
 from tests.threads import wrong_answers
-from tests.zoo import ZOO, randn
+from tests.zoo import ZOO, ids, randn
 
 
 def scaled(tree, inner, *args, **kwargs):
@@ -91,6 +92,32 @@ def test_copies(how, tmp_path):
         twin.get_parameter("addins.skip.2.gate").add_(1)
     assert not torch.equal(twin(x), expected)
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")  # torch.export's own
+@pytest.mark.parametrize("method", [pf.houlsby(rank=4), pf.pfeiffer(rank=2), pf.parallel_adapter(rank=2)])
+def test_torch_export_of_a_bert_with_bottlenecks_for_any_batch(method):
+    net = ZOO["bert"].build()
+    model = pf.functionalize(net)
+    adapter = pf.bind(pf.chain(method, pf.lora(["query"], rank=2)), model)
+    frozen, tree = adapter.init(0)
+    tree = perturbed(tree, 1, 0.5)
+    module = pf.export_module(adapter, frozen, tree)
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("tokens", min=2, max=16)}
+
+    def given(*shape):
+        mask = torch.ones(shape, dtype=torch.long)
+        mask[0, -1] = 0
+        return {"input_ids": ids(*shape, high=32), "attention_mask": mask}
+
+    call = given(2, 5)
+    program = torch.export.export(module, (), call, dynamic_shapes=dict.fromkeys(call, sizes))
+    assert [name for name in program.state_dict if name.startswith("addins.")]
+    for other in (call, given(3, 7)):
+        found = program.module()(**other).logits
+        assert torch.allclose(found, model(adapter.apply(frozen, tree), **other).logits, atol=1e-10)
+        assert not torch.allclose(found, net(**other).logits, atol=1e-2)
 
 
 @pytest.mark.parametrize("strict", [False, True])

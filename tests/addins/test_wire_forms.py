@@ -1,9 +1,11 @@
 """The other two forms of a wiring: records, and a drawing over several lines."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import peft_func as pf
@@ -102,6 +104,59 @@ def test_records_go_through_json():
 
     wires = pf.wire(text, A=A)
     assert pf.wire(json.loads(json.dumps(wires.records)), A=A).wires == wires.wires
+
+
+YAML = """
+addins:
+  - name: Bottleneck
+    location: [[fc, 0], [fc, 2]]      # one add-in for both
+    hook: [[adapt_input, pre]]
+    kwargs: {rank: 2, act: tanh}
+  - name: Skip
+    location: [[fc, 0], "fc[3]"]
+    hook:
+      - [get_pre, pre]
+      - [adapt_output, post]
+"""
+
+
+def test_records_in_yaml():
+    class Bottleneck(pf.AddinBase):
+        def __init__(self, rank, act):
+            super().__init__()
+            self.down, self.up = nn.Linear(4, rank), nn.Linear(rank, 4)
+            self.act = getattr(torch, act)
+
+        def adapt_input(self, module, inputs):
+            return inputs[0] + self.up(self.act(self.down(inputs[0])))
+
+    class Skip(pf.AddinBase):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def adapt_output(self, module, inputs, outputs):
+            return outputs + self.scale * self.inputs_cache
+
+    wires = pf.wire(yaml.safe_load(YAML), Bottleneck=Bottleneck, Skip=Skip)
+    assert str(wires).splitlines() == [
+        "(Bottleneck(rank=2, act='tanh').adapt_input): ...->{inout1}(fc[0])->...->{inout2}(fc[2])->...,",
+        "(Skip.adapt_output): ...->{in1}(fc[0])->...->(fc[3]){out1}->...",
+    ]
+    assert pf.wire(yaml.safe_load(yaml.safe_dump(wires.records)), Bottleneck=Bottleneck, Skip=Skip).wires == wires.wires
+    net = nn.Sequential(OrderedDict(fc=nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]))).double()
+    model = pf.functionalize(net)
+    adapter = pf.bind(wires, model)
+    frozen, tree = adapter.init(0)
+    (own,), (skip,) = tree["wire"]["Bottleneck"].values(), tree["wire"]["Skip"].values()
+
+    def bottleneck(h):
+        return h + (h @ own["down.weight"].T + own["down.bias"]).tanh() @ own["up.weight"].T + own["up.bias"]
+
+    x = randn(3, 4)
+    first = bottleneck(x)  # what enters the first layer, also for Skip, which is wired behind
+    expected = net.fc[3](net.fc[2](bottleneck(net.fc[1](net.fc[0](first))))) + skip["scale"] * first
+    assert torch.allclose(model(adapter.apply(frozen, tree), x), expected, atol=1e-12)
 
 
 def test_an_order_that_records_cannot_say():
