@@ -9,6 +9,10 @@
 
 Down maps to few features and Up back. Up is zero at the start, so nothing changes at first; Houlsby et al. draw both
 from N(0, 0.01^2), which is near to that.
+
+The `adapters` library (1.3) differs in three things: by default it draws both from N(0, 0.02^2) (its
+`init_weights="mam_adapter"` is the start here); its dropout is on what the adapter adds, not on the features between
+Down and Up; and its layer norm behind Up is behind s, too.
 """
 
 import functools

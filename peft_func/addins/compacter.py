@@ -6,7 +6,8 @@ adapters of the same paper, after Zhang et al., 2021, arXiv 2102.08597. The rule
 matrix [out, in] is ever formed.
 
 The authors draw A_i from N(0, 0.0001^2), to be near the identity at the start. Here s_i of Up is zero, which is the
-identity, and A_i is drawn from N(0, 1/n): Down begins with the spread of a plain bottleneck's.
+identity, and A_i is drawn from N(0, 1/n): Down begins with the spread of a plain bottleneck's. The `adapters` library
+(1.3) begins as the authors do, and holds its factors with the features in before those out.
 """
 
 import functools

@@ -49,7 +49,7 @@ def average(methods: Sequence[Method], *, weights: Sequence[float] | None = None
     """Add a weighted sum of what several adapters add, at each place.
 
     The tree has one sub-tree for each adapter, under its name. For weights that sum to 1 this is the average of the
-    adapters' outputs. (The `adapters` library, in 1.2, divides it by the number of adapters once more.)
+    adapters' outputs. (The `adapters` library, also in 1.3, divides it by the number of adapters once more.)
 
     Args:
         methods: add-ins that add to what modules give (`pf.bottleneck`, `pf.compacter`, `pf.houlsby`, `pf.pfeiffer`,

@@ -12,8 +12,9 @@ added to z, which is normalised again; elsewhere (GPT-2, Llama, ViT) it gets the
 
     y = N(z + d(N(z)))          y = z + d(z)
 
-Both are as in the `adapters` library, with one difference: there an adapter of Houlsby's stands behind the dropout of
-the sub-layer, here before it, which train mode alone can tell.
+Both are where the `adapters` library (1.3) has them, with one difference: there an adapter of Houlsby's stands behind
+the dropout of the sub-layer, here before it, which train mode alone can tell. Its default there is
+`activation="silu"`; what differs within an adapter is said in `bottleneck`.
 """
 
 from dataclasses import dataclass

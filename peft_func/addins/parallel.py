@@ -2,7 +2,8 @@
 
 He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", 2022, arXiv 2110.04366. F may be one
 module or run in pieces, as in BERT: x is what its first linear map gets, and y what its last one gives, before the
-dropout that may follow. (In nets that normalise before F, the `adapters` library gives the adapter what the norm gets.)
+dropout that may follow. In nets that normalise before F, the `adapters` library (1.3) gives the adapter what the norm
+gets; its defaults are `reduction=2, scale=4.0`.
 """
 
 import functools
