@@ -1,8 +1,9 @@
 """What is at one place of a model, used at another, in the same call."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,6 +22,11 @@ from peft_func.trees.select import Where
 from peft_func.weights.around import Site, at
 
 SIDES = ("input", "output")
+
+Key: TypeAlias = tuple[str, str, str]
+"""Where a call keeps what a part notes: the part's name, the path of the place, and what it is."""
+
+_SERIAL = itertools.count()
 
 
 def across(
@@ -93,13 +99,14 @@ def _transform(
         if path == place.path and (taken, given) == ("output", "input"):
             raise OptionError(f"{name}: the output of {path!r} cannot change its own input")
     bodies = bodies_at(function, init, places, share=share)
+    key = note_keys(name)
     noting = [
-        Site(path, functools.partial(note, (name, path, taken), taken), name, at(), changes=False) for path in sources
+        Site(path, functools.partial(note, key(path, taken), taken), name, at(), changes=False) for path in sources
     ]
     using = [
         Site(
             place.path,
-            functools.partial(use, (name, path, taken), given, bodies.function(place)),
+            functools.partial(use, key(path, taken), given, bodies.function(place)),
             name,
             at(bodies.key(place)),
         )
@@ -122,7 +129,16 @@ def _paired(sources: Sequence[str], sinks: Sequence[str], name: str) -> Sequence
     return sources
 
 
-def note(key: Any, side: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def note_keys(name: str) -> Callable[[str, str], Key]:
+    """Return what makes the keys of a part's notes; it is made anew whenever a part is bound.
+
+    Two parts of one name may be in one chain, below named chains: they must not find each other's notes.
+    """
+    serial = next(_SERIAL)
+    return lambda path, what: (name, path, f"{what} {serial}")
+
+
+def note(key: Key, side: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Leave what is at a module for other places of this call."""
     if side == "input":
         inner.notes[key] = main_argument(args, kwargs), torch.is_grad_enabled()
@@ -132,7 +148,7 @@ def note(key: Any, side: str, tree: Tree, inner: Inner, *args: Any, **kwargs: An
     return output
 
 
-def use(key: Any, side: str, function: Callable[..., Any], tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def use(key: Key, side: str, function: Callable[..., Any], tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Change what is at a module by what was left at another."""
     if side == "input":
         here = called(function, inner, tree, noted(key, inner), main_argument(args, kwargs))
@@ -142,7 +158,7 @@ def use(key: Any, side: str, function: Callable[..., Any], tree: Tree, inner: In
     return with_main(output, called(function, inner, tree, noted(key, inner), main(output)))
 
 
-def noted(key: Any, inner: Inner) -> torch.Tensor:
+def noted(key: Key, inner: Inner) -> torch.Tensor:
     """Return what was left at another place of this call.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_func.addins.across import noted
+from peft_func.addins.across import Key, note_keys, noted
 from peft_func.addins.added import Change, adds
 from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import bottleneck_change, check_size, checked, dense, ends, first_values
@@ -129,39 +129,46 @@ def _sites(name: str, form: str, change: Change, path: str, block: Block | None)
         return [Site(place, functools.partial(adds, form, change), name, at(path))]
     watched = [(place, "norm") for place in block.norms] + [(place, "attention") for place in block.attentions]
     begins, ends = block.mlp or block.first or path, block.mlp or block.last or path
-    joining = functools.partial(_join, name, path)
+    key = note_keys(name)
+    normed, added = key(path, "norm"), key(path, "added")
+    joining = functools.partial(_join, path, added)
     return [
-        *(Site(place, functools.partial(_watch, path, what), name, at(), changes=False) for place, what in watched),
-        Site(begins, functools.partial(_branch_off, name, path, change), name, at(path), changes=False),
+        *(
+            Site(place, functools.partial(_watch, path, normed, what), name, at(), changes=False)
+            for place, what in watched
+        ),
+        Site(begins, functools.partial(_branch_off, path, normed, added, change), name, at(path), changes=False),
         Site(ends, functools.partial(joining, "attention"), name, at()),
         Site(path, functools.partial(joining, "norm"), name, at()),
     ]
 
 
-def _watch(block: str, what: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def _watch(block: str, normed: Key, what: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Note which comes first in a block, a norm or an attention, and what the last norm so far got."""
     inner.notes.setdefault(("begins", block), what)
     if what == "norm":
-        inner.notes["adaptformer", block, "norm"] = main_argument(args, kwargs), torch.is_grad_enabled()
+        inner.notes[normed] = main_argument(args, kwargs), torch.is_grad_enabled()
     return inner(*args, **kwargs)
 
 
-def _residual(block: str, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _residual(block: str, normed: Key, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return what the block adds its feed-forward part to."""
     if inner.notes.get(("begins", block)) == "norm":
-        return noted(("adaptformer", block, "norm"), inner)
+        return noted(normed, inner)
     return main_argument(args, kwargs)
 
 
-def _branch_off(name: str, block: str, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
-    added = change(tree, _residual(block, inner, args, kwargs), inner)
-    inner.notes[name, block, "added"] = added, torch.is_grad_enabled()
+def _branch_off(
+    block: str, normed: Key, added: Key, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any
+) -> Any:
+    branch = change(tree, _residual(block, normed, inner, args, kwargs), inner)
+    inner.notes[added] = branch, torch.is_grad_enabled()
     return inner(*args, **kwargs)
 
 
-def _join(name: str, block: str, begins: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def _join(block: str, added: Key, begins: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Add the branch: to what the block gives if it begins with a norm, else to its feed-forward part."""
     output = inner(*args, **kwargs)
     if inner.notes.get(("begins", block), "attention") != begins:
         return output
-    return with_main(output, main(output) + noted((name, block, "added"), inner))
+    return with_main(output, main(output) + noted(added, inner))

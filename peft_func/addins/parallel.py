@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft_func.addins.across import note, noted
+from peft_func.addins.across import Key, note, note_keys, noted
 from peft_func.addins.added import Change, change_of
 from peft_func.addins.bottleneck import bottleneck, refuse_form
 from peft_func.addins.parts import Chosen
@@ -56,12 +56,12 @@ def parallel_adapter(where: Where | None = None, *, name: str = "parallel_adapte
     def make(paths: tuple[str, ...], model: FunctionalModel) -> Transform:
         transform = part.make(paths, model)
         sources = {last: first for first, last in _feed_forwards(model)}
-        sites = []
+        key, sites = note_keys(name), []
         for behind in transform.sites:
             source = sources[behind.path]
-            key = (name, source, "input")
-            sites.append(Site(source, functools.partial(note, key, "input"), name, at(), changes=False))
-            sites.append(replace(behind, function=functools.partial(_beside, key, change_of(behind))))
+            own = key(source, "input")
+            sites.append(Site(source, functools.partial(note, own, "input"), name, at(), changes=False))
+            sites.append(replace(behind, function=functools.partial(_beside, own, change_of(behind))))
         return Transform(transform.init, transform.apply, sites=tuple(sites))
 
     described = {option: value for option, value in (part.options or {}).items() if option != "form"}
@@ -92,6 +92,6 @@ def _feed_forwards(model: FunctionalModel) -> list[tuple[str, str]]:
     return [(block.first, block.last) for block in blocks_of(model) if block.first and block.last]
 
 
-def _beside(key: Any, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def _beside(key: Key, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     output = inner(*args, **kwargs)
     return with_main(output, main(output) + change(tree, noted(key, inner), inner))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_func.addins.across import noted
+from peft_func.addins.across import Key, note_keys, noted
 from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import check_size
 from peft_func.addins.parts import blocks
@@ -109,51 +109,53 @@ def vqt(
             zero = uniform((classes, features), 0.0, 0, place_at(model, top).like)
             return tree | {top: {"weight": torch.zeros_like(zero)}}
 
-        sites = []
+        key, sites = note_keys(name), []
         for path, block in known.items():
-            sites.append(Site(block.attention, functools.partial(answer, name, path, plain[path]), name, at()))
-            sites.append(Site(path, functools.partial(ask, name, path, pool), name, at(path)))
-        sites.append(Site(top, functools.partial(tell, name, tuple(known)), name, at(top)))
+            asks, sees, answers = (key(path, what) for what in ("asks", "sees", "answers"))
+            sites.append(Site(block.attention, functools.partial(answer, asks, sees, plain[path]), name, at()))
+            sites.append(Site(path, functools.partial(ask, asks, answers, pool), name, at(path)))
+        every = tuple(key(path, "answers") for path in known)
+        sites.append(Site(top, functools.partial(tell, name, every), name, at(top)))
         return Transform(draw, nothing, options=options | {"head": top}, sites=tuple(sites))
 
     return Part(blocks() if where is None else where, make, check_name(name), "vqt", options, modules=True)
 
 
-def ask(name: str, block: str, pool: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def ask(asks: Key, answers: Key, pool: str, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Run a block as it is, and once more on the tokens that ask; keep what they are told."""
     x = main_argument(args, kwargs)
     check_alone(x, inner, args, kwargs)
     output = inner(*args, **kwargs)
     asking = tree["query"].to(x.dtype).expand(*x.shape[:-2], -1, -1)
     args, kwargs = with_main_argument(args, kwargs, asking)
-    inner.notes[name, block, "asks"] = inner.notes[ASKING] = True
+    inner.notes[asks] = inner.notes[ASKING] = True
     try:  # the recomputation of a checkpoint ends by an exception, as soon as it has what it wants
-        answers = main(inner(*args, **kwargs))
+        found = main(inner(*args, **kwargs))
     finally:
-        inner.notes[name, block, "asks"] = inner.notes[ASKING] = False
-    told = answers.mean(-2) if pool == "mean" else answers.flatten(-2)
-    inner.notes[name, block, "answers"] = told, torch.is_grad_enabled()
+        inner.notes[asks] = inner.notes[ASKING] = False
+    told = found.mean(-2) if pool == "mean" else found.flatten(-2)
+    inner.notes[answers] = told, torch.is_grad_enabled()
     return output
 
 
-def answer(name: str, block: str, plain: "Plain | None", tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def answer(asks: Key, sees: Key, plain: "Plain | None", tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Run an attention; when tokens ask, over the keys and values of the tokens that were there before."""
     x = main_argument(args, kwargs)
-    if not inner.notes.get((name, block, "asks")):
+    if not inner.notes.get(asks):
         output = inner(*args, **kwargs)
-        inner.notes[name, block, "sees"] = x, output
+        inner.notes[sees] = x, output
         return output
-    seen, output = inner.notes[name, block, "sees"]
+    seen, output = inner.notes[sees]
     if plain is None:  # torch's own takes queries, keys and values
         return inner(x, seen, seen, need_weights=False)
     return with_main(output, _attend(inner.module, plain, x, seen))
 
 
-def tell(name: str, known: tuple[str, ...], tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+def tell(name: str, answers: tuple[Key, ...], tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     """Run the head, and add what its own part makes of the answers."""
     output = inner(*args, **kwargs)
     logits = main(output)
-    told = torch.cat([noted((name, block, "answers"), inner) for block in known], -1)
+    told = torch.cat([noted(key, inner) for key in answers], -1)
     if logits.shape[:-1] != told.shape[:-1]:
         raise AddinError(
             f"{name}: the head {inner.path!r} gives {tuple(logits.shape)}, and the answers are {tuple(told.shape)}; it "

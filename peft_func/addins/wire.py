@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_func.addins.across import note_keys
 from peft_func.addins.around import nothing
 from peft_func.addins.modules import drawn, leaves_of
 from peft_func.addins.place import Place, place_at
@@ -26,8 +27,6 @@ from peft_func.trees.paths import Tree, insert
 from peft_func.trees.select import exact, nearest
 from peft_func.weights.around import Site
 from peft_func.weights.mapping import Weights
-
-_SERIAL = itertools.count()
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,8 +165,7 @@ def _make(
     keys: list[tuple[str, str]] = []
     builds: list[tuple[Callable[[Place], nn.Module], Place]] = []
     hooks: dict[str, list[Hook]] = {path: [] for path in paths}
-    # Two wirings of one name may be in one chain, below named chains: their notes are kept apart.
-    serial = next(_SERIAL)
+    key = note_keys(name)
     for number, (wire, make) in enumerate(zip(wires, makers, strict=True)):
         first = locate(next(end.path for end in wire.ends if end.kind != "in"), model, wire.spot)
         place = place_at(model, first)
@@ -177,7 +175,7 @@ def _make(
         sources = {end.number: locate(end.path, model, end.spot) for end in wire.ends if end.kind == "in"}
         for end in wire.ends:
             alone = end.kind == "inout"
-            note = (name, first if alone else sources[end.number], f"{serial}.{number}.{0 if alone else end.number}")
+            note = key(first if alone else sources[end.number], f"{number}.{0 if alone else end.number}")
             hook = Hook(end.kind, end.side, end.hook, str(number), functional, note)
             hooks[locate(end.path, model, end.spot)].append(hook)
 

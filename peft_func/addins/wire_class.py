@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_func.addins.across import noted
+from peft_func.addins.across import Key, noted
 from peft_func.addins.modules import Functional
 from peft_func.addins.values import main, main_argument, with_main, with_main_argument
 from peft_func.errors import AddinError
@@ -145,7 +145,7 @@ class Hook:
     method: str
     key: str
     functional: Functional
-    note: tuple[str, str, str]
+    note: Key
 
     def __call__(self, tree: Mapping[str, Any], inner: Inner, *values: Any) -> Any:
         """Return what the method returns."""

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_func as pf
 from tests.addins.small import added, gate
 from tests.threads import wrong_answers
-from tests.zoo import randn
+from tests.zoo import randn, seeded
 
 
 def mlp(depth=3):
@@ -125,3 +125,61 @@ def test_a_module_as_the_function():
     net, x = mlp(), randn(3, 4)
     hidden = net[0](x)
     assert torch.allclose(run(net, pf.across("0", "2", Mix, given="output"), x), net[2](net[1](hidden)) + hidden)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x)[:, 0])
+
+
+def doubled(tree, h):
+    return 2 * h
+
+
+def queried(tree, inner, x, *args, **kwargs):
+    return inner(2 * x, *args, **kwargs)
+
+
+# A method that notes, and what stands between two of them and changes what they note.
+NOTING = {
+    "across": (mlp, (3, 4), lambda **own: pf.across("0", "2", added, gate, **own), pf.after("0", doubled)),
+    "wire": (
+        mlp,
+        (3, 4),
+        lambda **own: pf.wire("(Skip.add_post): ...->(0){in1}->...->(2){out1}->...", Skip=pf.AddinBase, **own),
+        pf.after("0", doubled),
+    ),
+    "parallel_adapter": (
+        Classifier,
+        (2, 5, 8),
+        lambda **own: pf.parallel_adapter(rank=2, **own),
+        pf.before(["linear1"], doubled),
+    ),
+    "adaptformer": (
+        Classifier,
+        (2, 5, 8),
+        lambda **own: pf.adaptformer(rank=2, dropout=0.0, **own),
+        pf.before(["linear1"], doubled),
+    ),
+    "vqt": (Classifier, (2, 5, 8), lambda **own: pf.vqt(tokens=2, **own), pf.around(["self_attn"], queried)),
+}
+
+
+@pytest.mark.parametrize("kind", NOTING)
+def test_parts_of_one_name_below_named_chains_keep_their_notes_apart(kind):
+    build, shape, method, between = NOTING[kind]
+    model, x = pf.functionalize(seeded(build)()), randn(*shape)
+    outputs = []
+    for one, other in (({}, {}), ({"name": "one"}, {"name": "other"})):
+        parts = pf.chain(pf.chain(method(**one), name="a"), between, pf.chain(method(**other), name="b"))
+        adapter = pf.bind(parts, model)
+        frozen, tree = adapter.init(0)
+        own = iter([randn(*leaf.shape, 1, seed=i)[..., 0] for i, (_, leaf) in enumerate(pf.leaves(tree))])
+        outputs.append(model(adapter.apply(frozen, pf.map_leaves(lambda leaf, own=own: next(own), tree)), x))
+    assert torch.equal(*outputs)
+    assert not torch.allclose(outputs[0], model(model.params, x), atol=1e-3)
