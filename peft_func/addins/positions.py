@@ -64,9 +64,7 @@ def chosen(positions: Any, rank: Tensor, count: Tensor) -> tuple[Tensor, ...]:
     if positions == "all":
         return (torch.ones_like(rank, dtype=torch.bool),)
     if isinstance(positions, list):
-        wanted = torch.tensor(positions, device=rank.device)
-        wanted = torch.where(wanted < 0, wanted + count[..., None], wanted)
-        return ((rank[..., None] == wanted).any(-1),)
+        return (torch.stack([rank == (number if number >= 0 else count + number) for number in positions]).any(0),)
     if not isinstance(positions, str):
         return (positions(rank, count),)
     if ends := _SLICE.fullmatch(positions):

@@ -135,8 +135,9 @@ def locate(path: Keys, model: FunctionalModel, spot: Spot) -> str:
     Raises:
         SelectorError: there is none; names the nearest.
     """
-    tree = walk(model._skeleton.root)
-    module, names = model._skeleton.root, list[str]()
+    root = model._skeleton.root
+    module: nn.Module = root
+    names: list[str] = []
     for key in path:
         children = {name: child for name, child in module._modules.items() if child is not None}
         count = sum(name.isdigit() for name in children)
@@ -147,12 +148,12 @@ def locate(path: Keys, model: FunctionalModel, spot: Spot) -> str:
                 message = f"{inside} has {count} numbered modules; expected an index from {-count} to {count - 1}"
             else:
                 wanted = ".".join(map(str, path))
-                message = f"{inside} has no module {key!r}. The nearest names: {', '.join(nearest(wanted, tree))}"
+                message = f"{inside} has no module {key!r}. The nearest names: {', '.join(nearest(wanted, walk(root)))}"
             raise SelectorError(f"wire: {spot.explain(f'no module ({path_text(path)}): {message}')}")
         module = children[name]
         names.append(name)
-    found = ".".join(names)
-    return next(info.path for info in tree.values() if found in (info.path, *info.aliases))
+    first: str = next(name for name, part in root.named_modules() if part is module)
+    return first
 
 
 def _make(
