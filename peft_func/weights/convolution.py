@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_func.weights.absorb import absorb
+from peft_func.weights.fused import can_fuse
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Matrix, Product, Sum
 from peft_func.weights.reshaped import Reshaped
 from peft_func.weights.sampled import Sampled
@@ -87,6 +88,9 @@ def convolve(matrix: Matrix, x: Tensor, how: Convolution, bias: Tensor | None = 
             return convolve(matrix.sample(), x, how, bias)
         case Reshaped():
             return how.full(matrix.drop(x), matrix.formed(x.dtype), bias)
+        case Sum(left=Dense(tensor=tensor), right=LowRank(A=A, B=B) as low) if _may_accumulate(x, tensor, low):
+            y = how.full(x, tensor, bias)
+            return y.add_(how.pointwise(how.full(low.drop(x), how.share_over_groups(A)), B), alpha=low.scale)
         case Sum(left=left, right=right):
             y = convolve(left, x, how, bias)
             return y + convolve(right, x, how).to(y.dtype)
@@ -105,6 +109,11 @@ def convolve(matrix: Matrix, x: Tensor, how: Convolution, bias: Tensor | None = 
         case _:
             return how.full(x, how.formed(matrix), bias)
     return y if bias is None else y + how.channels(bias).to(y.dtype)
+
+
+def _may_accumulate(x: Tensor, W: Tensor, low: LowRank) -> bool:
+    """Whether the branch may be added in place: a tensor that nobody else has, outside of transforms and autocast."""
+    return type(low) is LowRank and can_fuse(x, W, low.A, low.B) and x.dtype == low.A.dtype
 
 
 _PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

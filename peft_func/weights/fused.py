@@ -298,9 +298,11 @@ def _formed(W: Any, A: Tensor, B: Tensor, scale: float, gain: Tensor | None) -> 
 
 
 def _may_alias(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether what is before the gain may come from y: no hooks for saved tensors, no bias in half precision."""
+    """Whether what is before the gain may come from y: it has values to look at, and precision to spare."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is None and (bias is None or x.dtype.itemsize >= 4)
+    modes = torch._C._len_torch_dispatch_stack()  # one of them may make fake tensors
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return hooks is None and not (modes or captured or x.is_meta) and (bias is None or x.dtype.itemsize >= 4)
 
 
 def _gain_gradient(ctx: Any, dy: Tensor, saved: Any) -> Tensor:

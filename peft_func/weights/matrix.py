@@ -286,7 +286,10 @@ class Sum(Composite):
         return Sum(self.left.T, self.right.T)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.left.dense(dtype) + self.right.dense(dtype)
+        left, right = self.left.dense(dtype), self.right
+        if type(right) is LowRank and left.dim() == right.A.dim() == right.B.dim() == 2:
+            return torch.addmm(left, right.B.to(dtype), right.A.to(dtype), alpha=right.scale)
+        return left + right.dense(dtype)
 
     def take(self, rows: Rows) -> Matrix:
         return Sum(self.left.take(rows), self.right.take(rows))

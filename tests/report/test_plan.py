@@ -1,5 +1,8 @@
 """The plan tells, place by place, what a training step would really do."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +85,10 @@ def test_nothing_is_kept_and_dropout_is_seen():
     assert train[0].formed is None
     assert torch.equal(torch.get_rng_state(), state)
     assert all(value.grad is None for value in adapter.model.params.values())
+
+
+def test_the_page_on_speed_shows_what_is_printed(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == re.findall(r"```text\n(.*?)```", text, re.DOTALL)[0].strip()

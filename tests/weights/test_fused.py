@@ -337,3 +337,18 @@ def test_a_trained_base_gets_its_gradient():
             ours = torch.autograd.grad(Sum(Dense(W), LowRank(B, A)).linear(x).sin().sum(), [W, A, B, x])
         theirs = torch.autograd.grad((x @ (W + B @ A).T).sin().sum(), [W, A, B, x])
         assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("graph", ["factored", "formed"])
+def test_a_step_on_fake_and_meta_tensors(graph):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    adapter = pf.bind(pf.dora(".*", rank=2), pf.functionalize(torch.nn.Linear(5, 4)))
+    frozen, tree = adapter.init(0)
+    for mode in (FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta")):
+        with mode, pf.graph(graph):
+            if isinstance(mode, torch.device):
+                frozen, tree = (pf.map_leaves(lambda t: t.to("meta"), part) for part in (frozen, tree))
+            leaves = pf.map_leaves(lambda t: t.detach().requires_grad_(), tree)
+            adapter.model(adapter.apply(frozen, leaves), torch.empty(3, 5)).sum().backward()
+        assert all(leaf.grad.shape == leaf.shape for _, leaf in pf.leaves(leaves))
