@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_func.errors import NameMismatchError, OptionError
-from peft_func.functional.attention import attention_in_transforms
+from peft_func.functional.attention import attention_in_transforms, under_vmap
 from peft_func.functional.checks import check_fit, name_difference
 from peft_func.functional.grouped import batch_second, call_routed, groups_among, is_mapped, mixing_norm
 from peft_func.functional.refuse import check_module
@@ -147,11 +147,10 @@ class FunctionalModel:
         if state.keys() != self.state.keys():
             raise NameMismatchError(name_difference("state", state, self.state))
         buffers = {name: tensor.clone() for name, tensor in state.items()}
-        compiling = torch.compiler.is_compiling()
-        if buffers and self.trains and not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+        if buffers and self.trains and under_vmap():
             given = (tensor for name, tensor in bound.items() if tensor is not self.params[name])
             buffers = _mapped_like((*given, *args, *kwargs.values()), buffers)
-        if compiling:
+        if torch.compiler.is_compiling():
             # Dynamo follows functional_call, but not a module that is made inside the graph; what it traces runs
             # without the skeleton, so the swapping that functional_call does is never seen by another thread.
             every = {"root." + name: tensor for name, tensor in {**bound, **buffers}.items()}
@@ -307,8 +306,8 @@ def _mapped_like(values: Iterable[Any], buffers: Mapping[str, Tensor]) -> dict[s
     for value in values:
         for tensor in value.op.tensors() if isinstance(value, Carrier) else (value,):
             if isinstance(tensor, Tensor):
-                # zeros_like has no graph and no values, but is mapped wherever its argument is.
-                zero = zero + torch.zeros_like(tensor.detach().flatten()[:1], dtype=zero.dtype, device="cpu").sum()
+                # new_zeros has no graph and no values, but is mapped wherever its tensor is.
+                zero = zero + tensor.new_zeros((), dtype=zero.dtype, device="cpu")
     return {name: buffer + zero.to(buffer.device, buffer.dtype) for name, buffer in buffers.items()}
 
 

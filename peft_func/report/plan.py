@@ -20,7 +20,8 @@ class Planned(NamedTuple):
         path: the weight's name.
         shape: tokens, widths and rank; None where nothing is chosen.
         graph: what computes it: `"composed"`, `"factored"` or `"formed"`.
-        factored: multiply-adds of the factors in a training step, without those of the base; None likewise.
+        factored: multiply-adds with the factors (composed or in one function), without those of the base; None
+            likewise.
         formed: those with the matrix formed.
         reason: in words.
     """
@@ -95,9 +96,10 @@ class _Seen:
         self.rows: list[Planned] = []
 
     def chose(self, shape: Shape, choice: Choice) -> None:
-        costs = choice.costs
+        costs, graph = choice.costs, choice.graph
         formed = costs[Graph.FORMED] if shape.may_form else None
-        self.rows.append(Planned(self.path, shape, choice.graph.value, costs[Graph.FACTORED], formed, choice.reason))
+        factored = costs[Graph.COMPOSED if graph is Graph.COMPOSED else Graph.FACTORED]
+        self.rows.append(Planned(self.path, shape, graph.value, factored, formed, choice.reason))
 
 
 class _Watched(Operator):

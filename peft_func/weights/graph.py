@@ -8,7 +8,7 @@ costs, in a training step,
 
 so forming pays when tokens are many: T (i + o) above 2 i o. It also reads and writes the weight once more, which no
 count of products shows; therefore it has to save a sixth. (The two graphs: Cherniuk et al., RunLoRA, arXiv 2312.03415.)
-What is kept for backward is bounded likewise: u is computed again where it is larger than a sixteenth of the saved x.
+What is kept for backward is bounded likewise: u is computed again where it is larger than 1/32 of the saved x.
 
 GIFT's W (I + phi psi) costs `r * 6 T i` on the side of the input, or becomes W + (W phi) psi first: `2 i o` more.
 """
@@ -26,7 +26,7 @@ from peft_func.weights.densify import forming_is_an_error
 # Below so many multiply-adds in the base product, plain operators cost less than a Function written in Python.
 SMALL = 2**22
 SAVING = 5 / 6
-KEPT = 1 / 16
+KEPT = 1 / 32
 
 
 class Graph(Enum):
@@ -119,15 +119,15 @@ def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
 
 
 def costs_of(shape: Shape) -> dict[Graph, int]:
-    """Count multiply-adds besides those of the base, by graph (the composed one is the factored one)."""
+    """Count multiply-adds besides those of the base, by graph."""
     T, i, o, r, trains, needs_input = shape[:6]
     end = i if shape.input_side else o  # the width where the branch ends
     u, through = T * i, T * (i + end)
     v = T * end if trains or needs_input else 0
     again = u if trains and r > KEPT * i else 0
-    factored = through + v + trains * through + needs_input * u + again
+    composed = through + v + trains * through + needs_input * u
     formed = (1 + (trains and needs_input)) * i * o + trains * 2 * T * (i + o) + shape.input_side * (1 + trains) * i * o
-    return {Graph.FACTORED: r * factored, Graph.FORMED: r * formed}
+    return {Graph.COMPOSED: r * composed, Graph.FACTORED: r * (composed + again), Graph.FORMED: r * formed}
 
 
 @contextlib.contextmanager
