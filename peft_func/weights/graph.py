@@ -113,8 +113,10 @@ def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
     if shape.tokens * shape.inputs * shape.outputs < SMALL:
         return Choice(Graph.COMPOSED, True, costs, "small: plain operators cost least")
     if may_form and costs[Graph.FORMED] <= SAVING * costs[Graph.FACTORED]:
-        return Choice(Graph.FORMED, False, costs, "many tokens: forming the matrix costs less")
-    why = "few tokens: the factors cost less" if shape.may_form else "the matrix cannot be formed here"
+        return Choice(Graph.FORMED, False, costs, "forming the matrix costs less")
+    cheaper = costs[Graph.FORMED] < costs[Graph.FACTORED]
+    why = "forming the matrix saves less than a sixth" if cheaper else "the factors cost less"
+    why = why if may_form else "the matrix cannot be formed here"
     return Choice(Graph.FACTORED, keeps, costs, why)
 
 
