@@ -72,7 +72,7 @@ def plan(adapter: Adapter, /, *args: Any, **kwargs: Any) -> Plan:
         >>> print(pf.plan(adapter, torch.ones(4096, 128)))
         weight  tokens   in  out  rank  graph   factored  formed  because
         -----------------------------------------------------------------
-        weight    4096  128  128     8  formed     20.97   16.91  forming the matrix costs less
+        weight    4096  128  128     8  formed     25.17   16.91  forming the matrix costs less
         factored, formed: millions of multiply-adds in a step, besides those of the base
     """
     frozen, trainable = adapter.init(0)

@@ -53,7 +53,7 @@ def test_many_tokens_are_formed_and_few_are_not():
     assert choose(shape(16)).graph is Graph.COMPOSED
     assert choose(shape(4096)).reason == "forming the matrix costs less"
     assert choose(shape(256)).reason == "the factors cost less"
-    assert choose(shape(600)).reason == "forming the matrix saves less than a sixth"
+    assert choose(shape(400)).reason == "forming the matrix saves less than a sixth"
 
 
 @pytest.mark.parametrize("on_input", [False, True])
