@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import peft_func as pf
 from peft_func.errors import AddinError, OptionError, RouteError
-from peft_func.weights import chunks
+from peft_func.weights import rows
 from peft_func.weights.layout import Layout, Storage
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Product, Sum
 from peft_func.weights.operator import Operator
@@ -27,8 +27,8 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[1, 10**6], ids=["rows", "whole"])
 def _chunks(request, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", request.param)
-    monkeypatch.setattr(chunks, "LEAST_ROWS", 2)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(rows, "LEAST_ROWS", 2)
 
 
 def operator(matrix, storage=Storage.MATRIX, shape=None, dtype=torch.float64):
@@ -346,7 +346,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", [pf.lora(".*", rank=4), pf.gift(".*", rank=4), pf.dora(".*", rank=4)])
 def test_no_temporary_of_a_weights_size(monkeypatch, method):
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 2**14)
     net = nn.Sequential(*(nn.Linear(128, 256 if i % 2 else 128) for i in range(4))).bfloat16()
     adapter = pf.bind(method, pf.functionalize(net))
     frozen, tree = adapter.init(0)
