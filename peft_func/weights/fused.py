@@ -15,6 +15,7 @@ All this is for plain eager mode: functorch and compile get the composed form of
 map, differentiate and fuse on their own; autocast too, which leaves in-place products alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_func.weights.gain import Alias, gain_gradient, may_alias
 from peft_func.weights.graph import SMALL, Choice, Graph, Shape, attended, choose
-
-SMALLEST_GAIN = 1 / 64
 
 
 class Branch(NamedTuple):
@@ -170,7 +170,7 @@ class LowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Compute y."""
         x = x.reshape(-1, A.shape[1])
-        alias = gain is None or _may_alias(x, bias)
+        alias = gain is None or may_alias(x, bias)
         inner, kept = bias if gain is None else None, None
         if formed and alias:
             return F.linear(x, _formed(W, A, B, scale, gain), bias), None, None
@@ -183,8 +183,10 @@ class LowRankLinear(torch.autograd.Function):
         if gain is None:
             return y, kept, None
         before = None if alias else y.clone()
-        y.mul_(gain)
-        return y if bias is None else y.add_(bias), kept, before
+        if bias is None or gain.dtype != y.dtype:
+            y.mul_(gain)
+            return y if bias is None else y.add_(bias), kept, before
+        return torch.addcmul(bias, y, gain, out=y), kept, before
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -195,24 +197,22 @@ class LowRankLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dropped, W, bias, gain, A, B, *kept)
         ctx.save_for_forward(x, dropped, W, bias, gain, A, B)
-        if gain is not None and kept[1] is None:
-            ctx.y = y.detach()
-            ctx.version = ctx.y._version
+        ctx.output = Alias(y) if gain is not None and kept[1] is None else None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         """Return the gradients, by the factors."""
         if dy is None:
             return (None,) * 10
-        saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
-        x, dropped, W, _, gain, A, B, u, _ = saved
+        x, dropped, W, bias, gain, A, B, u, before = ctx.saved_tensors
         wants, scale = ctx.needs_input_grad, ctx.scale
         z = (x if dropped is None else dropped).reshape(-1, A.shape[1])
         dx = d_dropped = dA = dB = d_bias = d_gain = None
         if wants[3]:
             d_bias = dy.sum(0)
         if wants[4]:
-            d_gain = _gain_gradient(ctx, dy, saved)
+            again = functools.partial(_composed, x, W, None, Branch(A, B, scale, dropped))
+            d_gain, ctx.output = gain_gradient(dy, gain, bias, before, ctx.output, again), None
         wide = dy.to(A.dtype)
         if wants[5] or wants[1] or (wants[0] and not ctx.formed):
             v = torch.mm(wide, _turned(B if gain is None else B * gain.unsqueeze(1).to(B.dtype), scale).t())
@@ -295,29 +295,3 @@ def _plus(y: Tensor, u: Tensor, right: Tensor, *, fresh: bool) -> Tensor:
 def _formed(W: Any, A: Tensor, B: Tensor, scale: float, gain: Tensor | None) -> Tensor:
     V = torch.addmm(W, B, A, alpha=scale)
     return V if gain is None else V.mul_(gain.unsqueeze(1))
-
-
-def _may_alias(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether what is before the gain may come from y: it has values to look at, and precision to spare."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    modes = torch._C._len_torch_dispatch_stack()  # one of them may make fake tensors
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return hooks is None and not (modes or captured or x.is_meta) and (bias is None or x.dtype.itemsize >= 4)
-
-
-def _gain_gradient(ctx: Any, dy: Tensor, saved: Any) -> Tensor:
-    """Return the gradient of the gain: the sum of dy times what is before the gain.
-
-    That is `(y - bias) / gain`, unless y has been written to since, a gain is so small that the division would magnify
-    rounding, or a graph of this backward is wanted, for which y is no function of the inputs; then, computed again.
-    """
-    x, dropped, W, bias, gain, A, B, _, before = saved
-    y, ctx.y = getattr(ctx, "y", None), None
-    differentiable = torch.is_grad_enabled()
-    untouched = y is not None and y._version == ctx.version and not differentiable
-    if y is not None and untouched and bool(gain.abs().amin() >= SMALLEST_GAIN):
-        before = (y if bias is None else y - bias) / gain
-    elif before is None or differentiable:
-        before = _composed(x, W, None, Branch(A, B, ctx.scale, dropped))
-    found: Tensor = (dy * before).sum(0).to(gain.dtype)
-    return found
