@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peft_func.functional.containers import Container, Place, hold_parameter
 from peft_func.functional.skeleton import Skeleton
-from peft_func.functional.surround import Forward, Inner, Notes, called_module
+from peft_func.functional.surround import Forward, Inner, Notes, called_module, fused_layers
 from peft_func.transforms.bind import Adapter
 from peft_func.trees.paths import join, leaves
 from peft_func.weights.around import Around
@@ -60,9 +60,9 @@ def export_module(adapter: Adapter, frozen: Mapping[str, Tensor], trainable: Map
             places[id(tensor)] = hold_parameter(held, join(keys), tensor.detach().clone())
     if places:
         root._modules["addins"] = held
-    calls = _Calls()
+    calls, fused = _Calls(), fused_layers(root)
     for around in weights.arounds:
-        module = called_module(root, around.path)
+        module = called_module(root, around.path, fused)
         vars(module)["forward"] = _Surrounded(module.forward, module, around, _placed(around.tree, places), calls)
     vars(root)["forward"] = _Root(root.forward, calls)
     return root

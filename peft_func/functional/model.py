@@ -14,7 +14,7 @@ from peft_func.functional.checks import check_fit, name_difference
 from peft_func.functional.grouped import batch_second, call_routed, groups_among, is_mapped, mixing_norm
 from peft_func.functional.refuse import check_module
 from peft_func.functional.skeleton import Skeleton, structural_copy
-from peft_func.functional.surround import Hosts, surround, warn_of_unused
+from peft_func.functional.surround import Hosts, fused_layers, surround, warn_of_unused
 from peft_func.trees.select import Info
 from peft_func.weights.carrier import Carrier, carry, shells_need_grad
 from peft_func.weights.chunks import form
@@ -91,6 +91,7 @@ class FunctionalModel:
         self.infos = {name: self._info(name) for name in params}
         self.layouts: dict[str, Layout] = {name: layout_of(info) for name, info in self.infos.items()}
         self._encoders = [path for path, part in root.named_modules() if isinstance(part, nn.TransformerEncoder)]
+        self._fused = fused_layers(root)
         self.trains = any(module.training for module in root.modules())
         self.mixing_norm, self.batch_second = mixing_norm(root), batch_second(root)
         self._training = {name: self._owner(name).training for name in params}
@@ -162,7 +163,7 @@ class FunctionalModel:
             # a later one cannot take.
             for path in self._encoders:
                 vars(clone.get_submodule(path))["use_nested_tensor"] = False
-        installed = surround(clone, arounds) if arounds else ()
+        installed = surround(clone, arounds, self._fused) if arounds else ()
         with attention_in_transforms():
             call = clone if self._entry == "forward" else getattr(clone, self._entry)
             output = call(*args, **kwargs)

@@ -208,7 +208,7 @@ def _refill(table: dict[Any, Any], values: Mapping[Any, Any]) -> None:
 def _notes_in(module: nn.Module) -> Notes:
     """Return the notes of this call of the model, which are one dict for all add-ins; an own one if none is in here."""
     forwards = (vars(part).get("forward") for part in module.modules())
-    return next((forward.inner.notes for forward in forwards if isinstance(forward, Surrounded)), {})
+    return next((forward.notes for forward in forwards if isinstance(forward, Surrounded)), {})
 
 
 def _marks(value: Any) -> list[tuple[Any, int]]:

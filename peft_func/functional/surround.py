@@ -4,11 +4,14 @@ Eagerly they are put on the clone of that call. A compiled call runs on `Entry`,
 around asks, while it is traced, which ones there are now: nothing of that is left in the graph.
 """
 
+import functools
 import inspect
+import sys
+import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -50,7 +53,13 @@ class Forward:
     """What stands in place of a forward, and says what it takes: `generate`, Trainer and `torch.export` ask."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
+        self._call: Callable[..., Any] | None = call
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """What it stands for."""
+        assert self._call is not None
+        return self._call
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -62,27 +71,61 @@ class Forward:
 
 
 class Surrounded(Forward):
-    """A forward with one around."""
+    """The forward of a module with one around.
 
-    def __init__(self, around: Around, inner: Inner) -> None:
-        super().__init__(inner.call)
+    It is an attribute of the module, and holds it weakly: a cycle would keep the weights and the notes of a call until
+    the garbage is collected.
+    """
+
+    def __init__(self, around: Around, module: nn.Module, notes: Notes) -> None:
         self.around = around
-        self.inner = inner
+        self.notes = notes
         self.called = False
+        self._module = weakref.ref(module)
+        self._call = vars(module).get("forward")  # that of the class would be bound, and hold the module
+        self._kept: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module of this call, with its weights of this call."""
+        module = self._module()
+        if module is None:
+            raise AddinError(
+                f"the forward of {self.around.path!r} is called after the call of the model, whose weights are gone"
+            )
+        return module
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """What it is around."""
+        module = self.module
+        return types.MethodType(type(module).forward, module) if self._call is None else self._call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
-        return self.around.function(self.around.tree, self.inner, *args, **kwargs)
+        module = self.module
+        if sys._getframe(1).f_code not in _OF_MODULES:
+            self._kept = module  # `checkpoint(module.forward, x)` holds nothing else until it runs this again
+        inner = Inner(self.call, module, self.around.path, self.notes)
+        return self.around.function(self.around.tree, inner, *args, **kwargs)
 
 
-def surround(root: nn.Module, arounds: Sequence[Around]) -> "list[Surrounded]":
+# What calls the forward of a module, or of a `Surrounded` that is around another: all of these have the module.
+_OF_MODULES = {
+    code
+    for caller in (nn.Module._call_impl.__code__, Inner.__call__.__code__)
+    for code in (caller, *caller.co_consts)
+    if isinstance(code, types.CodeType)
+}
+
+
+def surround(root: nn.Module, arounds: Iterable[Around], fused: "Fused") -> list[Surrounded]:
     """Put functions around the calls of modules of a clone that belongs to one call, and return them."""
     notes: Notes = {}
     installed = []
     for around in arounds:
-        module = called_module(root, around.path)
-        call = Surrounded(around, Inner(module.forward, module, around.path, notes))
-        vars(module)["forward"] = call
+        module = called_module(root, around.path, fused)
+        vars(module)["forward"] = call = Surrounded(around, module, notes)
         installed.append(call)
     return installed
 
@@ -100,15 +143,37 @@ def warn_of_unused(installed: "Iterable[Surrounded]") -> None:
         )
 
 
-def called_module(root: nn.Module, path: str) -> nn.Module:
+Fused: TypeAlias = Mapping[str, Sequence[str]]
+"""For modules inside of torch's encoders and their layers, by each of their paths: the paths of all of those."""
+
+
+def fused_layers(root: nn.Module) -> Fused:
+    """Return which modules of a model a fused kernel may pass by; nothing for most models."""
+    kinds = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    layers = {path: {*part.modules()} - {part} for path, part in root.named_modules() if isinstance(part, kinds)}
+    if not layers:
+        return {}
+    # A module in two layers is called by both, and each has to leave its kernel.
+    every = root.named_modules(remove_duplicate=False)
+    around = {name: [path for path, inside in layers.items() if module in inside] for name, module in every}
+    return {name: paths for name, paths in around.items() if paths}
+
+
+def called_module(root: nn.Module, path: str, fused: Fused) -> nn.Module:
     """Return a module, and make those around it call it."""
     # In eval mode torch's encoder layers hand their weights to one fused kernel, which calls no module.
+    for holder in fused.get(path, ()):
+        layer = _module_at(root, holder)
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            vars(layer)["activation_relu_or_gelu"] = 0
+        else:
+            vars(layer)["use_nested_tensor"] = False
+    return _module_at(root, path)
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module:
     module = root
-    for name in path.split(".") if path else ():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            vars(module)["activation_relu_or_gelu"] = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            vars(module)["use_nested_tensor"] = False
+    for name in path.split(".") if path else ():  # the registries themselves: get_submodule asks for attributes
         module = module._modules[name]  # type: ignore[assignment]
     return module
 
@@ -157,8 +222,9 @@ class Entry(nn.Module):
         missing = set(paths) - self._now.places
         if missing and not self._now.places:
             self.root = structural_copy(self.root)
+        fused = fused_layers(self.root) if missing else {}
         for path in missing:
-            module = called_module(self.root, path)
+            module = called_module(self.root, path, fused)
             vars(module)["forward"] = _Asking(module.forward, module, path, self._now)
         self._now.places |= missing
 
@@ -198,5 +264,6 @@ class _Asking(Forward):
         call = self.call
         for around in self.now.arounds:
             if around.path == self.path:
-                call = Surrounded(around, Inner(call, self.module, self.path, self.now.notes))
+                inner = Inner(call, self.module, self.path, self.now.notes)
+                call = functools.partial(around.function, around.tree, inner)
         return call(*args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peft_func as pf
-from peft_func.functional.surround import Inner, Surrounded, called_module
+from peft_func.functional.surround import Surrounded, called_module, fused_layers
 from peft_func.weights.around import Around
 from tests.addins.small import bound, ones, scaled
 from tests.zoo import ZOO, randn
@@ -139,7 +139,7 @@ def test_notes_are_those_of_one_call():
 @pytest.mark.parametrize("path", ["", "1", "1.layers", "1.layers.0", "1.layers.1.self_attn.out_proj"])
 def test_only_what_is_around_a_place_leaves_its_fast_path(path):
     net = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2))
-    assert called_module(net, path) is net.get_submodule(path)
+    assert called_module(net, path, fused_layers(net)) is net.get_submodule(path)
     left = {
         name
         for name, module in net.named_modules()
@@ -148,13 +148,58 @@ def test_only_what_is_around_a_place_leaves_its_fast_path(path):
     assert left == {name for name in ("1", "1.layers.0", "1.layers.1") if path.startswith(f"{name}.")}
 
 
+class Lends(nn.Module):
+    """Two layers, in the second of which are modules of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2))
+        self.second.linear1, self.second.self_attn = self.first.linear1, self.first.self_attn
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("place", ["first.linear1", "first.self_attn"])
+def test_every_layer_that_has_a_module_leaves_its_fast_path(place):
+    net = Lends().double().eval()
+    model, adapter, frozen, tree = bound(net, pf.after(place, _doubled, name="twice"))
+    plain, x = copy.deepcopy(net).train(), randn(2, 3, 8)
+    plain.get_submodule(place).register_forward_hook(lambda module, args, output: _doubled({}, output))
+    with torch.no_grad():
+        for called in (model, model.train().eval(), copy.deepcopy(model), pf.export_module(adapter, frozen, tree)):
+            weights = () if isinstance(called, nn.Module) else (adapter.apply(frozen, tree),)
+            torch.testing.assert_close(called(*weights, x), plain(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_layers_around_places_are_found_once_and_not_in_calls(monkeypatch):
+    blocks = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)])
+    assert fused_layers(blocks) == {}
+    assert fused_layers(Lends())["second.linear1"] == fused_layers(Lends())["first.linear1"] == ["first", "second"]
+    places = ((blocks, "1.0"), (Lends(), "first.linear1"))
+    cases = [bound(net.double().eval(), pf.after(at, _doubled)) for net, at in places]
+
+    def walked(*args, **kwargs):
+        raise AssertionError("a call walks through the modules")
+
+    for name in ("named_modules", "modules", "named_children"):
+        monkeypatch.setattr(nn.Module, name, walked)
+    for model, adapter, frozen, tree in cases:
+        model(adapter.apply(frozen, tree), randn(2, 3, 8))
+
+
 def test_what_stands_for_a_forward_says_what_it_takes():
     def forward(x, *, scale=1.0):
         return x * scale
 
     def standing_in(call):
-        return Surrounded(Around("0", scaled, {}, "part"), Inner(call, nn.Identity(), "0", {}))
+        vars(module)["forward"] = call
+        return Surrounded(Around("0", scaled, {}, "part"), module, {})
 
+    module = nn.Linear(4, 4)
+    of_its_class = Surrounded(Around("0", scaled, {}, "part"), module, {})
+    assert inspect.signature(of_its_class) == inspect.signature(module.forward)
+    assert of_its_class.__code__ is nn.Linear.forward.__code__
     assert inspect.signature(standing_in(forward)) == inspect.signature(forward)
     assert inspect.signature(standing_in(standing_in(forward))) == inspect.signature(forward)
     assert standing_in(forward).__code__ is forward.__code__
