@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peft_func.addins.across import Key, note_keys, noted
-from peft_func.addins.added import Change, adds
+from peft_func.addins.added import Adds, Change
 from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import bottleneck_change, check_size, checked, dense, ends, first_values
 from peft_func.addins.parts import blocks
@@ -126,7 +126,7 @@ def _sites(name: str, form: str, change: Change, path: str, block: Block | None)
     """Return what is around which modules."""
     if block is None or form == "sequential":
         place = path if block is None else block.mlp or block.last or path
-        return [Site(place, functools.partial(adds, form, change), name, at(path))]
+        return [Site(place, Adds(form, change), name, at(path))]
     watched = [(place, "norm") for place in block.norms] + [(place, "attention") for place in block.attentions]
     begins, ends = block.mlp or block.first or path, block.mlp or block.last or path
     key = note_keys(name)

@@ -4,8 +4,8 @@ The function d, with the tensors of its place, is a *change*: `(tree, h, inner) 
 whose last axis holds the features. Bottlenecks are changes, and so are averages and fusions of changes.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -30,19 +30,31 @@ FORMS = ("sequential", "parallel", "norm")
 """Where it is added, and what it is computed from: the three equations above, in order."""
 
 
-def adds(form: str, change: Change, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
-    """Run a module with a change: the function of an around."""
-    if form == "parallel":
-        added = change(tree, main_argument(args, kwargs), inner)  # first: the module may write into its input
+@dataclass(frozen=True)
+class Adds:
+    """The function of an around that runs a module with a change.
+
+    Attributes:
+        form: one of `FORMS`.
+        change: what is added.
+    """
+
+    form: str
+    change: Change
+
+    def __call__(self, tree: Tree, inner: Inner, *args: Any, **kwargs: Any) -> Any:
+        """Run the module with the change."""
+        if self.form == "parallel":
+            added = self.change(tree, main_argument(args, kwargs), inner)  # first: the module may write into its input
+            output = inner(*args, **kwargs)
+            return with_main(output, main(output) + added)
         output = inner(*args, **kwargs)
-        return with_main(output, main(output) + added)
-    output = inner(*args, **kwargs)
-    h = main(output)
-    added = change(tree, h, inner)
-    if form == "sequential":
-        return with_main(output, h + added)
-    args, kwargs = with_main_argument(args, kwargs, main_argument(args, kwargs) + added)
-    return inner(*args, **kwargs)
+        h = main(output)
+        added = self.change(tree, h, inner)
+        if self.form == "sequential":
+            return with_main(output, h + added)
+        args, kwargs = with_main_argument(args, kwargs, main_argument(args, kwargs) + added)
+        return inner(*args, **kwargs)
 
 
 def adding(
@@ -78,7 +90,7 @@ def adding(
             common = {} if shared is None else {SHARED: shared(places, split(key, SHARED))}
             return common | {place.path: dict(init(place, split(key, place.path))) for place in places}
 
-        function = functools.partial(adds, form, change)
+        function = Adds(form, change)
         common = () if shared is None else (SHARED,)
         sites = (Site(place.path, function, name, at(*common, place.path)) for place in places)
         return Transform(draw, nothing, sites=tuple(sites))
@@ -101,6 +113,5 @@ def check_features(h: Tensor, width: int, inner: Inner) -> None:
 
 def change_of(site: Site) -> Change:
     """Return the change at a site that `adding` made."""
-    assert isinstance(site.function, functools.partial)
-    change: Change = site.function.args[1]
-    return change
+    assert isinstance(site.function, Adds)
+    return site.function.change

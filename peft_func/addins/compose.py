@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_func.addins.added import Change, adds, change_of
+from peft_func.addins.added import Adds, Change, change_of
 from peft_func.addins.around import nothing
 from peft_func.addins.bottleneck import bottleneck, ends
 from peft_func.addins.compacter import compacter
@@ -204,7 +204,7 @@ def _mixed(where: Where, parts: Sequence[Part], kind: str, name: str, options: M
             own = dict(zip(made, found, strict=True))
             change = functools.partial(mixed, mix.add, options, kind, {one: change_of(own[one]) for one in own})
             pick = functools.partial(_picked, {one: own[one].pick for one in own}, kind, path)
-            return Site(path, functools.partial(adds, forms[0], change), name, pick)
+            return Site(path, Adds(forms[0], change), name, pick)
 
         each = [transform.sites for transform in made.values()]
         return Transform(draw, nothing, sites=tuple(map(site, paths, *each)))
