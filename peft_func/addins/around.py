@@ -72,7 +72,7 @@ def around(
         >>> model(adapter.apply(frozen, trainable), torch.ones(3, 4)).shape
         torch.Size([3, 2])
     """
-    return surrounding(where, function, init, _as_it_is, name=name, share=share)
+    return surrounding(where, function, init, as_it_is, name=name, share=share)
 
 
 def before(where: Where, function: Any, init: Init | None = None, *, name: str = "before", share: bool = False) -> Part:
@@ -210,7 +210,8 @@ def called(function: Function, inner: Inner, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _as_it_is(function: Function) -> Function:
+def as_it_is(function: Function) -> Function:
+    """Take a function as one around modules: `how` of `surrounding`."""
     return functools.partial(_call_around, function)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_func.addins.around import surrounding
+from peft_func.addins.around import as_it_is, surrounding
 from peft_func.addins.bottleneck import check_size
 from peft_func.addins.place import Place
 from peft_func.addins.values import main, with_main
@@ -70,7 +70,7 @@ def ssf(where: Where, *, form: str = "weights", width: int | None = None, name: 
     def draw(place: Place, key: int) -> Tree:
         return _start(_features(place, name, width), place.like)
 
-    return surrounding(where, scaled, draw, _as_it_is, name=name, kind="ssf", options=options)
+    return surrounding(where, scaled, draw, as_it_is, name=name, kind="ssf", options=options)
 
 
 def scaled(tree: Mapping[str, Any], inner: Inner, *args: Any, **kwargs: Any) -> Any:
@@ -83,10 +83,6 @@ def scaled(tree: Mapping[str, Any], inner: Inner, *args: Any, **kwargs: Any) -> 
         shape = (-1, *[1] * kernel)  # an unbatched convolution has its channels first
         scale, shift = scale.reshape(shape), shift.reshape(shape)
     return with_main(output, y * scale + shift)
-
-
-def _as_it_is(function: Any) -> Any:
-    return function
 
 
 def _start(features: int, like: Tensor) -> Tree:

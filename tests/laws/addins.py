@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peft_func as pf
-from tests.laws.conformance import GRADS, KEYS, VALUES, Case, Laws, _Checkpointed, close, perturbed
+from tests.laws.conformance import GRADS, KEYS, VALUES, Case, Laws, _Checkpointed, close, listed, perturbed
 from tests.zoo import randn
 
 
@@ -33,14 +33,7 @@ class AddinLaws(Laws):
 
     @classmethod
     def cases(cls, names: list[str] | None = None) -> st.SearchStrategy[Case]:
-        known = [name for name in cls.CASES if names is None or name in names] or list(cls.CASES)
-
-        @st.composite
-        def draw_case(draw: Any) -> Case:
-            name = draw(st.sampled_from(known))
-            return Case(name, draw(st.sampled_from(cls.CASES[name])), draw(KEYS))
-
-        return draw_case()
+        return listed(cls.CASES, names)
 
     @given(st.data())
     def test_02_unselected_weights_are_the_same_objects(self, data):

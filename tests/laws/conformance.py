@@ -88,6 +88,13 @@ class Case:
         return f"Case({self.name!r}, {self.method.name}, {[p.paths for p in self.adapter.parts]}, key={self.key})"
 
 
+@st.composite
+def listed(draw: Any, methods: dict[str, list[Any]], names: list[str] | None = None) -> Case:
+    """A case of methods that are listed for animals, of some of these animals where the list has any of them."""
+    name = draw(st.sampled_from([name for name in methods if names is None or name in names] or list(methods)))
+    return Case(name, draw(st.sampled_from(methods[name])), draw(KEYS))
+
+
 class Laws:
     """The laws, numbered as in the design.
 

@@ -12,7 +12,7 @@ from torch import nn
 import peft_func as pf
 from tests.addins.timm_vit import TimmViT
 from tests.laws.addins import AddinLaws
-from tests.laws.conformance import GRADS, KEYS, Case, Laws, _same_with_gradients, close, perturbed
+from tests.laws.conformance import GRADS, KEYS, Case, Laws, _same_with_gradients, close, listed, perturbed
 from tests.zoo import randn, seeded
 
 LINEAR = pf.of_type(nn.Linear)
@@ -131,14 +131,7 @@ class Chosen(Laws):
 
     @classmethod
     def cases(cls, names=None):
-        known = [name for name in cls.CASES if names is None or name in names]
-
-        @st.composite
-        def draw_case(draw):
-            name = draw(st.sampled_from(known))
-            return Case(name, draw(st.sampled_from(cls.CASES[name])), draw(KEYS))
-
-        return draw_case()
+        return listed(cls.CASES, names)
 
 
 class TestSSF(Chosen):
