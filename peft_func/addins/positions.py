@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_func.addins.arguments import by_name, holders, parameters_of, token_mask, tokens_before
+from peft_func.addins.once import once
 from peft_func.errors import AddinError, OptionError
 from peft_func.functional.surround import Inner
 from peft_func.trees.paths import Tree
@@ -155,17 +156,21 @@ def masks_of(positions: Any, mask: str, at: str, name: str, h: Tensor, inner: In
     there, mask = (there, MASK) if own is None else (own, mask)
     if isinstance(before, int) and before > 0:
         return (torch.zeros((), dtype=torch.bool, device=h.device),) * (2 if has_two_ends(positions) else 1)
+    if there is not None and there.shape[1] != h.shape[1]:
+        raise AddinError(
+            f"{name}: at {inner.path!r} there are {h.shape[1]} tokens, and {mask} is for {there.shape[1]}; if another "
+            "part of the chain adds tokens, put it behind this one"
+        )
+    given, count, device = (positions, there, before), h.shape[1], h.device
+    return once(inner, ("positions", count, device), given, lambda: _masks(*given, count, device))
+
+
+def _masks(positions: Any, there: Tensor | None, before: Any, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
     if there is None:
-        rank = torch.arange(h.shape[1], device=h.device)[None]
-        count = torch.full((1, 1), h.shape[1], device=h.device)
+        rank, count = torch.arange(tokens, device=device)[None], torch.full((1, 1), tokens, device=device)
         found = chosen(positions, rank, count)
     else:
-        if there.shape[1] != h.shape[1]:
-            raise AddinError(
-                f"{name}: at {inner.path!r} there are {h.shape[1]} tokens, and {mask} is for {there.shape[1]}; if "
-                "another part of the chain adds tokens, put it behind this one"
-            )
-        there = (there if there.dtype is torch.bool else there != 0).to(h.device)
+        there = (there if there.dtype is torch.bool else there != 0).to(device)
         rank, count = there.long().cumsum(1) - 1, there.long().sum(1, keepdim=True)
         found = tuple(group & there for group in chosen(positions, rank, count))
     first = before == 0  # of a cache with a fixed length, a tensor

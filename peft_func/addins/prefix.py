@@ -22,6 +22,7 @@ from torch import Tensor
 from peft_func.addins.arguments import by_name, holders, parameters_of, tokens_before
 from peft_func.addins.around import SHARED, nothing
 from peft_func.addins.bottleneck import check_size
+from peft_func.addins.once import once
 from peft_func.addins.place import Place, place_at
 from peft_func.addins.structure import linear_widths, projections_of
 from peft_func.errors import AddinError, OptionError
@@ -242,14 +243,20 @@ def _extended(mask: Any, tokens: int, h: Tensor, cache: Any, inner: Inner, name:
         if flash or not getattr(inner.module, "is_causal", False):
             return None
         # Told nothing, a causal attention takes the first keys for those of the first queries.
-        queries, before = (
-            h.shape[1],
-            0 if cache is None else cache.get_seq_length(getattr(inner.module, "layer_idx", 0)),
-        )
-        mask = torch.ones(queries, before + queries, dtype=torch.bool, device=h.device).tril(before)[None, None]
+        before = 0 if cache is None else cache.get_seq_length(getattr(inner.module, "layer_idx", 0))
+        shape = (h.shape[1], before)
+        return once(inner, ("causal", tokens, h.device), shape, lambda: _opened(_causal(*shape, h.device), tokens))
     if not isinstance(mask, Tensor) or not (mask.dim() == 4 or (flash and mask.dim() == 2)):
         found = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
         raise AddinError(f"{name}: the mask at {inner.path!r} has {found} and cannot be extended; use sdpa or eager")
+    return once(inner, ("opened", tokens), (mask,), lambda: _opened(mask, tokens))
+
+
+def _causal(queries: int, before: Any, device: torch.device) -> Tensor:
+    return torch.ones(queries, before + queries, dtype=torch.bool, device=device).tril(before)[None, None]
+
+
+def _opened(mask: Tensor, tokens: int) -> Tensor:
     shape = (*mask.shape[:-1], tokens)
     ones = mask.dtype is torch.bool or not mask.is_floating_point()
     return torch.cat([mask.new_ones(shape) if ones else mask.new_zeros(shape), mask], -1)
