@@ -85,6 +85,7 @@ class FunctionalModel:
         self.sights: set[Hashable] = set()
         self.params = params
         self.state = state
+        self._state_names = frozenset(state)
         every = dict(root.named_parameters(remove_duplicate=False))
         canonical = {id(tensor): name for name, tensor in root.named_parameters()}
         self.ties = {name: canonical[id(tensor)] for name, tensor in every.items() if name not in params}
@@ -145,7 +146,7 @@ class FunctionalModel:
             (0, 1)
         """
         bound, arounds = self._bind(weights), arounds_of(weights)
-        if state.keys() != self.state.keys():
+        if state.keys() != self._state_names:  # a compiled call would tell self.state from other states
             raise NameMismatchError(name_difference("state", state, self.state))
         buffers = {name: tensor.clone() for name, tensor in state.items()}
         if buffers and self.trains and under_vmap():

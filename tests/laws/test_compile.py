@@ -120,13 +120,20 @@ class TestCalls:
         method = pf.chain(pf.lora("0|2", rank=2), pf.gift("4", rank=1))
         places = [Place("mlp", method)]
         places += [Place("mlp", method, model=places[0].model), Place("mlp", method), Place("mlp", method)]
-        more = {path: tensor + 1 for path, tensor in places[3].frozen.items()}
 
         def call(adapter, frozen, tree, x):
             return adapter.model(adapter.apply(frozen, tree), x)
 
-        given = [(p.adapter, p.frozen, p.trees[i], *p.batches[0]) for i, p in enumerate(places)]
-        check(call, *given, (places[3].adapter, more, places[0].trees[1], *places[0].batches[1]))
+        check(call, *((p.adapter, p.frozen, p.trees[i], *p.batches[0]) for i, p in enumerate(places)))
+
+    def test_other_base_weights(self):
+        place = Place("mlp", pf.lora(".*", rank=2))
+        bases = [{path: tensor + i for path, tensor in place.frozen.items()} for i in range(3)]
+
+        def call(frozen, tree, x):
+            return place.model(place.adapter.apply(frozen, tree), x)
+
+        check(call, *((frozen, place.trees[0], *place.batches[0]) for frozen in bases))
 
     def test_weights_that_were_made_outside(self):
         place = Place("mlp", pf.chain(pf.lora("0|2", rank=2), pf.ia3("4")))
@@ -143,11 +150,18 @@ class TestCalls:
         factors = [torch.tensor(s, dtype=torch.float64) for s in (1.0, 0.0, -2.0, 0.5)]
         check(call, *((place.trees[0], factor, *place.batches[0]) for factor in factors))
 
-    def test_merged_trees_of_the_same_rank(self):
-        place = Place("mlp", pf.lora(".*", rank=2, alpha=4))
-        _, _, merged = pf.merge_adapters(place.adapter, place.trees[:2], weights=[0.7, 0.3], how="svd", rank=2)
-        folded = pf.map_leaves(torch.clone, merged)
-        check(place.call, (place.trees[0], *place.batches[0]), (folded, *place.batches[0]))
+    def test_merged_adapters_of_the_same_rank(self):
+        place = Place("mlp", pf.lora(".*", rank=2))  # the scale is 1, as it is of what is merged
+        merged = [
+            pf.merge_adapters(place.adapter, place.trees[:2], weights=[0.7, share], how="svd", rank=2)
+            for share in (0.3, -1.0)
+        ]
+
+        def call(adapter, frozen, tree, x):
+            return adapter.model(adapter.apply(frozen, tree), x)
+
+        given = [(place.adapter, place.frozen, place.trees[0]), *merged]
+        check(call, *((*each, *place.batches[0]) for each in given))
 
     @pytest.mark.parametrize("method", [pf.lora, pf.dora])
     def test_alpha_is_compiled_once_as_a_constant_and_once_as_a_symbol(self, method):
@@ -164,8 +178,7 @@ class TestCalls:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("method", ["chain", "dora"])
-    @pytest.mark.parametrize("name", NETS)
+    @pytest.mark.parametrize(("name", "method"), [("bert", "dora"), *((name, "chain") for name in NETS)])
     def test_gradients_inside(self, name, method):
         place = Place(name, METHODS[method](PLACES[name]), train=True)
         given = zip(place.trees, place.batches, strict=False)
