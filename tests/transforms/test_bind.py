@@ -195,3 +195,27 @@ def test_an_adapter_bound_to_a_model_serves_the_model_in_other_modes_and_methods
     x = randn(5, 4)
     hidden = x @ pf.merge(weights)["0.weight"].T + net[0].bias.detach()
     same(model.train()(weights, x), net[1].train()(hidden).detach())
+
+
+def test_selectors_are_asked_when_a_method_is_bound_and_never_in_a_call():
+    asked = []
+
+    def weights(path, info):
+        asked.append(path)
+        return path.endswith("weight")
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model = pf.functionalize(net)
+    method = pf.chain(pf.lora(weights, rank=2), pf.gift(weights, rank=1, share="none"), pf.around(
+        lambda path, info: asked.append(path) or path == "1", lambda tree, inner, x: inner(x)
+    ))  # fmt: skip
+    adapter = pf.bind(method, model)
+    assert asked
+    asked.clear()
+    frozen, tree = adapter.init(0)
+    leaves = pf.map_leaves(lambda leaf: leaf.requires_grad_(), tree)
+    for _ in range(2):
+        model(adapter.apply(frozen, leaves), torch.ones(2, 4)).sum().backward()
+    adapter.model.eval()(adapter.apply(frozen, tree), torch.ones(2, 4))
+    pf.ensemble(adapter)(frozen, pf.stack([tree, tree]), torch.ones(2, 4))
+    assert asked == []
