@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from peft_func.errors import LeakError, RouteError
@@ -115,8 +116,8 @@ def carry(op: Operator, need_grad: bool | None = None) -> Carrier:
 
 @functools.lru_cache(maxsize=1024)
 def _shell(size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return an empty tensor to alias, which costs half of making one; it outlives the modes that are on now."""
-    with _disable_current_modes(), torch.inference_mode(mode=False):
+    """Return an empty tensor to alias, which costs half of making one; it outlives what is around this call."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(mode=False):
         return torch.empty(size, dtype=dtype, device="meta")
 
 

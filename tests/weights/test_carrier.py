@@ -256,3 +256,40 @@ def test_a_half_precision_base_with_float32_factors():
         with pf.densify("error"):
             y = model(adapter.apply(frozen, tree), randn(3, 8).to(torch.bfloat16))
         assert y.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("around", ["grad", "jvp", "vmap", "jacrev", "inference", "fake", "no_grad"])
+def test_a_shape_that_is_first_met_inside_of_something_is_of_use_outside(around):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from peft_func.weights.carrier import _shell
+
+    _shell.cache_clear()
+    model = pf.functionalize(nn.Linear(5, 4).double())
+    adapter = pf.bind(pf.lora("weight", rank=2), model)
+    frozen, tree = adapter.init(0)
+    tree = pf.map_leaves(lambda t: t + 0.1, tree)
+
+    def call(tree):
+        return model(adapter.apply(frozen, tree), torch.ones(3, 5).double()).square().sum()
+
+    expected = (pf.merge(adapter.apply(frozen, tree))["weight"].sum(1) + frozen["bias"]).square().sum() * 3
+    match around:
+        case "grad" | "jacrev":
+            getattr(torch.func, around)(call)(tree)
+        case "jvp":
+            torch.func.jvp(call, (tree,), (tree,))
+        case "vmap":
+            torch.vmap(call)(pf.stack([tree, tree]))
+        case "fake":
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                call(tree)
+        case _:
+            with torch.inference_mode() if around == "inference" else torch.no_grad():
+                call(tree)
+    leaves = pf.map_leaves(lambda t: t.detach().clone().requires_grad_(), tree)
+    loss = call(leaves)
+    loss.backward()
+    assert torch.allclose(loss, expected)
+    assert all(leaf.grad is not None for _, leaf in pf.leaves(leaves))
+    assert torch.allclose(torch.func.grad(call)(tree)["lora"]["weight"]["A"], leaves["lora"]["weight"]["A"].grad)
