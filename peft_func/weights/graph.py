@@ -7,7 +7,7 @@ costs, in a training step,
     formed     r * (2 i o + 2 T (i + o))   V = W + s B A in forward and in backward; u, v, dA, dB
 
 so forming pays when tokens are many: T (i + o) above 2 i o. It also reads and writes the weight once more, which no
-count of products shows; therefore it has to save a sixth. (The two graphs: Cherniuk et al., RunLoRA, arXiv 2312.03415.)
+count of products shows; therefore it has to save a tenth. (The two graphs: Cherniuk et al., RunLoRA, arXiv 2312.03415.)
 What is kept for backward is bounded likewise: u is computed again where it is larger than 1/32 of the saved x.
 
 GIFT's W (I + phi psi) costs `r * 6 T i` on the side of the input, or becomes W + (W phi) psi first: `2 i o` more.
@@ -25,7 +25,7 @@ from peft_func.weights.densify import forming_is_an_error
 
 # Below so many multiply-adds in the base product, plain operators cost less than a Function written in Python.
 SMALL = 2**22
-SAVING = 5 / 6
+SAVING = 9 / 10
 KEPT = 1 / 32
 
 
@@ -115,7 +115,7 @@ def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
     if may_form and costs[Graph.FORMED] <= SAVING * costs[Graph.FACTORED]:
         return Choice(Graph.FORMED, False, costs, "forming the matrix costs less")
     cheaper = costs[Graph.FORMED] < costs[Graph.FACTORED]
-    why = "forming the matrix saves less than a sixth" if cheaper else "the factors cost less"
+    why = "forming the matrix saves less than a tenth" if cheaper else "the factors cost less"
     why = why if may_form else "the matrix cannot be formed here"
     return Choice(Graph.FACTORED, keeps, costs, why)
 

@@ -224,6 +224,7 @@ def test_command_line_writes_runs_and_shows_and_draws_them(tmp_path):
     assert picture.read_text().count("<svg") == 1
 
 
-def test_readme_shows_the_recorded_runs():
-    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert report.markdown(report.read(BENCHMARKS / "results" / "cpu-2-cores.json")) in text
+@pytest.mark.parametrize("page", ["benchmarks/README.md", "docs/speed.md"])
+def test_pages_show_the_recorded_runs(page):
+    text = (BENCHMARKS.parent / page).read_text(encoding="utf-8")
+    assert report.markdown(report.read(BENCHMARKS / "results" / "cpu-2-cores.json")).strip() in text
