@@ -5,11 +5,11 @@
     formed     an autograd Function that forms V = W + s B A in forward, and again in backward: x V^T
 
 Which is used is chosen for each product (`peft_func.weights.graph`). The Functions save x itself, which the query, key
-and value of a layer share, and u = x A^T where it is small. With v = s (g dy) B, backward is that of Hu et al. (arXiv
-2106.09685): dB = s (g dy)^T u, dA = v^T x, dx = (g dy) W + v A.
+and value of a layer share, and u = x A^T where it is small. With v = (g dy) B, backward is that of Hu et al. (arXiv
+2106.09685): dB = s (g dy)^T u, dA = s v^T x, dx = (g dy) W + s v A.
 
 Products with a narrow side are several times slower where that side comes last and has strides; so B is copied to
-`[rank, out]`, and dB is `(u^T dy)^T`: at rank 8 these take a half to a fifth of the time.
+`[rank, out]`, and dB is `(u^T dy)^T`: at rank 8 these take a half to a fifth of the time, from 32 on as long or longer.
 
 All this is for plain eager mode: functorch and compile get the composed form of `peft_func.weights.matrix`, which they
 map, differentiate and fuse on their own; autocast too, which leaves in-place products alone.
@@ -25,6 +25,9 @@ from torch import Tensor
 
 from peft_func.weights.gain import Alias, gain_gradient, may_alias
 from peft_func.weights.graph import SMALL, Choice, Graph, Shape, attended, choose
+
+# The rank from which products are not narrow any more.
+WIDE = 32
 
 
 class Branch(NamedTuple):
@@ -178,7 +181,7 @@ class LowRankLinear(torch.autograd.Function):
             y = F.linear(x, _formed(W, A, B, scale, None), inner)
         else:
             u = _narrow(x if dropped is None else dropped.reshape(x.shape), A)
-            y = _plus(x if W is None else F.linear(x, W, inner), u, _turned(B, scale), fresh=W is not None)
+            y = _plus(x if W is None else F.linear(x, W, inner), u, _turned(B), scale, fresh=W is not None)
             kept = u if keeps else None
         if gain is None:
             return y, kept, None
@@ -215,22 +218,22 @@ class LowRankLinear(torch.autograd.Function):
             d_gain, ctx.output = gain_gradient(dy, gain, bias, before, ctx.output, again), None
         wide = dy.to(A.dtype)
         if wants[5] or wants[1] or (wants[0] and not ctx.formed):
-            v = torch.mm(wide, _turned(B if gain is None else B * gain.unsqueeze(1).to(B.dtype), scale).t())
+            v = torch.mm(wide, _turned(B if gain is None else B * gain.unsqueeze(1).to(B.dtype)).t())
         if wants[5]:
-            dA = torch.mm(v.t(), z.to(A.dtype))
+            dA = torch.mm(v.t(), z.to(A.dtype)) * scale
         if wants[6]:
             # A graph of this backward needs u as a function of x and A.
             u = _narrow(z, A) if u is None or torch.is_grad_enabled() else u
-            dB = torch.mm(u.t(), wide).t()
-            dB = (dB if gain is None else dB * gain.unsqueeze(1).to(dB.dtype)).mul(scale).contiguous()
+            dB = torch.mm(u.t(), wide).t().contiguous() if _is_narrow(B) else torch.mm(wide.t(), u)
+            dB = dB * (scale if gain is None else scale * gain.unsqueeze(1).to(dB.dtype))
         if wants[0] and ctx.formed:
             dx = torch.mm(dy, _formed(W, A, B, scale, gain)).view(x.shape)
         elif wants[0]:
             dx = dy if gain is None else (dy * gain).to(dy.dtype)
             dx = dx if W is None else torch.mm(dx, W)
-            dx = (dx if dropped is not None else _plus(dx, v, A, fresh=W is not None)).view(x.shape)
+            dx = (dx if dropped is not None else _plus(dx, v, A, scale, fresh=W is not None)).view(x.shape)
         if wants[1]:
-            d_dropped = torch.mm(v, A).to(dropped.dtype).view(x.shape)
+            d_dropped = (torch.mm(v, A) * scale).to(dropped.dtype).view(x.shape)
         return dx, d_dropped, None, d_bias, d_gain, dA, dB, None, None, None
 
     @staticmethod
@@ -278,18 +281,21 @@ def _narrow(x: Tensor, A: Tensor) -> Tensor:
     return F.linear(x.to(A.dtype), A)
 
 
-def _turned(B: Tensor, scale: float) -> Tensor:
-    """Return `s B^T` without strides."""
-    turned = B.t().contiguous()
-    return turned if scale == 1.0 else turned * scale
+def _is_narrow(B: Tensor) -> bool:
+    return B.shape[1] < WIDE
 
 
-def _plus(y: Tensor, u: Tensor, right: Tensor, *, fresh: bool) -> Tensor:
-    """Return `y + u right`, into y if nobody else has it."""
+def _turned(B: Tensor) -> Tensor:
+    """Return `B^T`, without strides if it is narrow."""
+    return B.t().contiguous() if _is_narrow(B) else B.t()
+
+
+def _plus(y: Tensor, u: Tensor, right: Tensor, scale: float, *, fresh: bool) -> Tensor:
+    """Return `y + s u right`, into y if nobody else has it."""
     if y.dtype != u.dtype:
-        product = torch.mm(u, right)
+        product = torch.mm(u, right) * scale
         return y.add_(product) if fresh else (y + product).to(y.dtype)
-    return y.addmm_(u, right) if fresh else torch.addmm(y, u, right)
+    return y.addmm_(u, right, alpha=scale) if fresh else torch.addmm(y, u, right, alpha=scale)
 
 
 def _formed(W: Any, A: Tensor, B: Tensor, scale: float, gain: Tensor | None) -> Tensor:

@@ -56,6 +56,13 @@ def kinds():
             yield formed, keeps, {"weight": weight, "bias": bias, "gain": gain, "dropped": dropped}
 
 
+@pytest.fixture(params=["narrow", "wide"])
+def _ranks(request, monkeypatch):
+    """Both ways to lay out the products, at the small ranks of the tests."""
+    monkeypatch.setattr(fused, "WIDE", {"narrow": 32, "wide": 1}[request.param])
+
+
+@pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize(("formed", "keeps", "kind"), list(kinds()))
 class TestTheFunction:
     def call(self, formed, keeps, tensors):
@@ -116,6 +123,7 @@ class TestTheFunction:
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("matrix", ["lora", "gift", "dora", "identity"])
@@ -175,6 +183,7 @@ def test_it_keeps_out_of_transforms_autocast_experts_and_mixed_bases():
     assert seen == [False] * 3
 
 
+@pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
