@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from peft_func.functional.surround import Inner
+from peft_func.weights.eager import in_transform
 
 Made = TypeVar("Made")
 
@@ -24,7 +25,7 @@ def once(inner: Inner, key: tuple[Hashable, ...], given: Sequence[Any], make: Ca
             not written to since.
         make: makes it, without any other input.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         return make()  # a compiler sees by itself what is computed twice; what a transform maps is gone with it
     if any(isinstance(value, Tensor) and value.is_inference() for value in given):
         return make()  # these count no writes

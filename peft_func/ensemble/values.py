@@ -5,7 +5,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from peft_func.functional.gradient import in_transform
+from peft_func.weights.eager import in_transform
 
 
 def readable() -> bool:

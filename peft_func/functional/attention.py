@@ -40,16 +40,6 @@ def attention_in_transforms() -> contextlib.AbstractContextManager[Any]:
     return _Attention(stack) if needed else contextlib.nullcontext()
 
 
-def under_vmap() -> bool:
-    """Whether this is under a `vmap`, in a compiled function too."""
-    return any(level.key() == _Kind.Vmap for level in _functorch.get_interpreter_stack() or [])
-
-
-# Dynamo has the same stack while it traces, so it may ask then, and take the answer for a constant. The decorator
-# torch.compiler.assume_constant_result sets this, too, but it imports Dynamo.
-vars(under_vmap)["_dynamo_marked_constant"] = True
-
-
 class _Attention(TorchFunctionMode):
     # A mode is this thread's own; torch.nn.attention.sdpa_kernel would switch the whole process.
     def __init__(self, stack: list[Any]) -> None:

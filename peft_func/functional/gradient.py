@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_func.trees.paths import Tree, from_leaves, leaves, map_leaves
+from peft_func.weights.eager import in_transform
 
 
 def gradient_of(function: Callable[[Any], tuple[Tensor, Any]], tree: Mapping[str, Any]) -> tuple[Tree | None, Any]:
@@ -41,8 +42,3 @@ def gradient_of(function: Callable[[Any], tuple[Tensor, Any]], tree: Mapping[str
     flat = dict(leaves(own))
     found = torch.autograd.grad(scalar, list(flat.values()), materialize_grads=True)
     return from_leaves(zip(flat, found, strict=True)), rest
-
-
-def in_transform() -> bool:
-    """Say whether `torch.func` or `torch.compile` looks on, which autograd in eager mode would bypass."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_func.errors import NameMismatchError, OptionError
-from peft_func.functional.attention import attention_in_transforms, under_vmap
+from peft_func.functional.attention import attention_in_transforms
 from peft_func.functional.checks import check_fit, name_difference
 from peft_func.functional.grouped import batch_second, call_routed, groups_among, is_mapped, mixing_norm
 from peft_func.functional.refuse import check_module
@@ -18,6 +18,7 @@ from peft_func.functional.surround import Hosts, fused_layers, surround, warn_of
 from peft_func.trees.select import Info
 from peft_func.weights.carrier import Carrier, carry, shells_need_grad
 from peft_func.weights.chunks import form
+from peft_func.weights.eager import in_vmap
 from peft_func.weights.layout import Layout, layout_of
 from peft_func.weights.matrix import Dense
 from peft_func.weights.merge import arounds_of, refuse_arounds
@@ -149,7 +150,7 @@ class FunctionalModel:
         if state.keys() != self._state_names:  # a compiled call would tell self.state from other states
             raise NameMismatchError(name_difference("state", state, self.state))
         buffers = {name: tensor.clone() for name, tensor in state.items()}
-        if buffers and self.trains and under_vmap():
+        if buffers and self.trains and in_vmap():
             given = (tensor for name, tensor in bound.items() if tensor is not self.params[name])
             buffers = _mapped_like((*given, *args, *kwargs.values()), buffers)
         if torch.compiler.is_compiling():

@@ -27,6 +27,7 @@ from peft_func.functional.model import FunctionalModel
 from peft_func.functional.surround import Notes, Surrounded
 from peft_func.functional.walk import resolve_modules
 from peft_func.trees.select import Where
+from peft_func.weights.eager import in_functorch
 
 
 def remat(model: FunctionalModel, where: Where) -> FunctionalModel:
@@ -121,7 +122,7 @@ def _forward_of(module: "weakref.ref[nn.Module]", forward: Callable[..., Any] | 
 
 def _run(module: "weakref.ref[nn.Module]", forward: Callable[..., Any] | None, /, *args: Any, **kwargs: Any) -> Any:
     call = _forward_of(module, forward)
-    if not torch.is_grad_enabled() or _in_transform():
+    if not torch.is_grad_enabled() or in_functorch():  # grad refuses checkpoints; what vmap maps is gone in backward
         return call(*args, **kwargs)
     if torch.compiler.is_compiling():
         return checkpoint(call, *args, use_reentrant=False, **kwargs)
@@ -135,16 +136,6 @@ def _run(module: "weakref.ref[nn.Module]", forward: Callable[..., Any] | None, /
             "again in backward; choose other modules, or leave out the cache (transformers: use_cache=False)"
         )
     return output
-
-
-def _in_transform() -> bool:
-    """Whether this is under `torch.func`: grad refuses checkpoints, and what vmap maps is gone when backward comes."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# Dynamo has the same stack while it traces, so it may ask then, and take the answer for a constant. The decorator
-# torch.compiler.assume_constant_result sets this, too, but it imports Dynamo.
-vars(_in_transform)["_dynamo_marked_constant"] = True
 
 
 class _Start:

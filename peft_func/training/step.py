@@ -11,11 +11,11 @@ from torch import Tensor
 
 from peft_func.ensemble.training import clip_members
 from peft_func.errors import OptionError, TreeError
-from peft_func.functional.gradient import in_transform
 from peft_func.training.gradient import ValueAndGrad, value_and_grad
 from peft_func.training.optimizer import Optimizer
 from peft_func.trees.paths import Tree, leaves, map_leaves
 from peft_func.trees.stack import count_stacked
+from peft_func.weights.eager import in_transform
 
 
 class FunctionalOptimizer(Protocol):

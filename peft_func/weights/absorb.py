@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_func.weights.eager import in_transform
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Matrix, Product, Sum, cast
 
 PIECES = 8
@@ -46,13 +47,14 @@ def through(matrix: Matrix, columns: Tensor) -> Tensor:
         case Dense(tensor=W) if W.dtype != columns.dtype and _is_plain(W):
             product: Tensor = Widened.apply(W, columns)  # type: ignore[no-untyped-call]
             return product
+        case Dense(tensor=W):
+            return torch.matmul(W.to(columns.dtype), columns)
         case _:
             return cast(matrix, columns.dtype).linear(columns.mT).mT
 
 
 def _is_plain(W: Tensor) -> bool:
-    in_transform = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return not in_transform and not (W.requires_grad and torch.is_grad_enabled())
+    return not in_transform() and not (W.requires_grad and torch.is_grad_enabled())
 
 
 class Widened(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from peft_func.errors import LeakError, RouteError
 from peft_func.weights.densify import note_densified
+from peft_func.weights.eager import in_transform
 from peft_func.weights.groups import Grouped
 from peft_func.weights.operator import Operator
 
@@ -98,8 +99,7 @@ def shells_need_grad() -> bool:
     # An autograd.Function takes the shell without asking `__torch_function__`, and whatever gradient it returned would
     # be lost. The shell therefore requires a gradient, which autograd then refuses to accept on the meta device. Under
     # functorch and compile such a function does ask, and the weight is formed for it.
-    in_transform = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return not in_transform and torch.is_grad_enabled()
+    return not in_transform() and torch.is_grad_enabled()
 
 
 def carry(op: Operator, need_grad: bool | None = None) -> Carrier:

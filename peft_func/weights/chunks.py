@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from peft_func.weights.eager import in_transform
 from peft_func.weights.layout import Layout, Storage
 from peft_func.weights.matrix import Matrix
 from peft_func.weights.operator import Operator, full_precision
@@ -65,12 +66,7 @@ def is_plain(operator: Operator) -> bool:
 
 def outside_transforms() -> bool:
     """Whether neither torch.func, nor forward-mode derivatives, nor compile or a trace follow what is computed."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
+    return not in_transform() and torch._C._get_tracing_state() is None and forward_ad._current_level < 0
 
 
 def is_plain_tensor(tensor: Any) -> bool:

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_func.weights.eager import in_transform
 from peft_func.weights.gain import Alias, gain_gradient, may_alias
-from peft_func.weights.graph import SMALL, Choice, Graph, Shape, attended, choose
+from peft_func.weights.graph import PLAIN, SMALL, Choice, Graph, Shape, attended, choose
 
 # The rank from which products are not narrow any more.
 WIDE = 32
@@ -52,8 +53,7 @@ def can_fuse(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor) -> bool:
         (W is None or (W.dim() == 2 and x.dtype == W.dtype))
         and (A.dim() == B.dim() == 2 or (x.dim() == 3 and A.dim() == B.dim() == 3 and len(A) == len(B) == len(x)))
         and A.dtype == B.dtype
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not in_transform()
         and not under_autocast(x.device)
     )
 
@@ -76,10 +76,7 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, branch: Branch, gain: Tens
     """
     if branch.A.dim() == 3:
         return _gained(_accumulated_slices(x, W, bias if gain is None else None, branch), gain, bias)
-    if x.numel() * len(W) < SMALL and not attended():
-        y = _gained(_composed(x, W, bias if gain is None else None, branch), gain, bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], len(W))
-    return _run(x, W, bias, branch, gain, choose(_shape(x, W, branch)))
+    return _run(x, W, bias, branch, gain, _choice(x, W, branch))
 
 
 def input_side(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch) -> Tensor:
@@ -87,26 +84,32 @@ def input_side(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch)
     if branch.A.dim() == 3:
         y = _accumulated_slices(x, None, None, branch)
     else:
-        choice = choose(_shape(x, W, branch, input_side=True))
+        choice = _choice(x, W, branch, input_side=True)
         if W is not None and choice.graph is Graph.FORMED:
             return _run(x, W, bias, branch._replace(B=torch.mm(W, branch.B)), None, choice)
         y = _run(x, None, None, branch, None, choice)
     return y if W is None else F.linear(y, W, bias)
 
 
-def _shape(x: Tensor, W: Tensor | None, branch: Branch, *, input_side: bool = False) -> Shape:
+def _choice(x: Tensor, W: Tensor | None, branch: Branch, *, input_side: bool = False) -> Choice:
     A, B = branch.A, branch.B
+    outputs = (B if W is None else W).shape[0]
+    if x.numel() * outputs < SMALL and not attended():
+        return PLAIN
     grad = torch.is_grad_enabled()
-    return Shape(
+    shape = Shape(
         tokens=x.numel() // A.shape[1],
         inputs=A.shape[1],
-        outputs=len(B if W is None else W),
-        rank=len(A),
+        outputs=outputs,
+        rank=A.shape[0],
         trains=grad and (A.requires_grad or B.requires_grad),
         needs_input=grad and x.requires_grad,
         may_form=W is not None and branch.dropped is None and W.dtype == A.dtype and A.dtype.itemsize >= 4,
+        # Where A is frozen (LoRA-FA), autograd itself need not keep x; the function has no gradient of W.
+        may_fuse=grad and A.requires_grad and not (W is not None and W.requires_grad),
         input_side=input_side,
     )
+    return choose(shape)
 
 
 def _run(
@@ -114,13 +117,11 @@ def _run(
 ) -> Tensor:
     A, B, scale, dropped = branch
     formed = choice.graph is Graph.FORMED
-    # Where A is frozen (LoRA-FA), autograd itself need not keep x.
-    plain = not A.requires_grad or not torch.is_grad_enabled() or (W is not None and W.requires_grad)
-    if choice.graph is Graph.COMPOSED or plain:
-        y = _gained(_composed(x, W, bias if gain is None else None, branch, formed=formed), gain, bias)
+    if choice.fuses:
+        y: Tensor = _fused(x, dropped, W, bias, gain, A, B, scale, formed, choice.keeps)[0]
     else:
-        y = _fused(x, dropped, W, bias, gain, A, B, scale, formed, choice.keeps)[0]
-    return y.view(*x.shape[:-1], len(B))
+        y = _gained(_composed(x, W, bias if gain is None else None, branch, formed=formed), gain, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
 
 
 def _composed(
@@ -163,7 +164,7 @@ class LowRankLinear(torch.autograd.Function):
 
     What is before the gain is as wide as y. It is not kept where it can be computed from y, which the next operator of
     a model mostly keeps in any case. Such an alias would keep its memory under hooks for saved tensors (checkpoints
-    among them), and is of no use once the model has written to y: see `_before_gain`.
+    among them), and is of no use once the model has written to y: see `peft_func.weights.gain`.
     """
 
     @staticmethod

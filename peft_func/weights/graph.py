@@ -1,6 +1,6 @@
 """Which graph computes a low-rank product: a cost model in multiply-adds, a way to force it, and who wants to know.
 
-With T tokens, a matrix `[o, i]`, rank r, u = x A^T and v = s dy B, everything besides the two products with the base
+With T tokens, a matrix `[o, i]`, rank r, u = x A^T and v = dy B, everything besides the two products with the base
 costs, in a training step,
 
     factored   r * 3 T (i + o)             u, u B^T; then v, v A, dA, dB; r T i more if u is computed again
@@ -49,6 +49,7 @@ class Shape(NamedTuple):
         needs_input: whether the activation does.
         may_form: whether the sum can be formed without a loss: there is a matrix, of the factors' dtype, float32 at
             least, and no dropout.
+        may_fuse: whether one autograd function may be used for it.
         input_side: whether the branch is added to the input: x + u B^T goes through the matrix, or B becomes W B first.
     """
 
@@ -59,6 +60,7 @@ class Shape(NamedTuple):
     trains: bool
     needs_input: bool
     may_form: bool
+    may_fuse: bool
     input_side: bool = False
 
 
@@ -67,16 +69,21 @@ class Choice(NamedTuple):
 
     Attributes:
         graph: how it is computed.
-        keeps: whether u is kept for backward.
+        fuses: whether by one autograd function; otherwise by plain operators.
+        keeps: whether that keeps u for backward.
         costs: multiply-adds besides those of the base, by graph.
         reason: in words.
     """
 
     graph: Graph
+    fuses: bool
     keeps: bool
     costs: dict[Graph, int]
     reason: str
 
+
+PLAIN = Choice(Graph.COMPOSED, False, True, {}, "small: plain operators cost least")
+"""The choice for small products, where the choosing would cost more than what it saves."""
 
 Listener: TypeAlias = Callable[[Shape, Choice], None]
 
@@ -100,24 +107,34 @@ def attended() -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
-    costs, keeps = costs_of(shape), shape.rank <= KEPT * shape.inputs
-    may_form = shape.may_form and not no_forming
-    match forced:
-        case None:
-            pass
-        case Graph.FORMED if not may_form:
-            why = "densify='error'" if shape.may_form else "dropout, another dtype, or no matrix there"
-            return Choice(Graph.FACTORED, keeps, costs, f"forced to formed, but not possible: {why}")
-        case _:
-            return Choice(forced, keeps, costs, "forced")
+    costs = costs_of(shape)
+    graph, reason = _forced_graph(shape, forced, no_forming) if forced else _cheapest(shape, costs, no_forming)
+    if graph is Graph.FACTORED and not shape.may_fuse:
+        graph, reason = Graph.COMPOSED, f"{reason}; autograd needs no function for them"
+    fuses = graph is not Graph.COMPOSED and shape.may_fuse
+    return Choice(graph, fuses, _keeps(shape), costs, reason)
+
+
+def _forced_graph(shape: Shape, forced: Graph, no_forming: bool) -> tuple[Graph, str]:
+    if forced is not Graph.FORMED or (shape.may_form and not no_forming):
+        return forced, "forced"
+    why = "densify='error'" if shape.may_form else "dropout, another dtype, or no matrix there"
+    return Graph.FACTORED, f"forced to formed, but not possible: {why}"
+
+
+def _cheapest(shape: Shape, costs: dict[Graph, int], no_forming: bool) -> tuple[Graph, str]:
     if shape.tokens * shape.inputs * shape.outputs < SMALL:
-        return Choice(Graph.COMPOSED, True, costs, "small: plain operators cost least")
-    if may_form and costs[Graph.FORMED] <= SAVING * costs[Graph.FACTORED]:
-        return Choice(Graph.FORMED, False, costs, "forming the matrix costs less")
+        return PLAIN.graph, PLAIN.reason
+    if no_forming or not shape.may_form:
+        return Graph.FACTORED, "the matrix cannot be formed here"
+    if costs[Graph.FORMED] <= SAVING * costs[Graph.FACTORED]:
+        return Graph.FORMED, "forming the matrix costs less"
     cheaper = costs[Graph.FORMED] < costs[Graph.FACTORED]
-    why = "forming the matrix saves less than a tenth" if cheaper else "the factors cost less"
-    why = why if may_form else "the matrix cannot be formed here"
-    return Choice(Graph.FACTORED, keeps, costs, why)
+    return Graph.FACTORED, "forming the matrix saves less than a tenth" if cheaper else "the factors cost less"
+
+
+def _keeps(shape: Shape) -> bool:
+    return shape.rank <= KEPT * shape.inputs
 
 
 def costs_of(shape: Shape) -> dict[Graph, int]:
@@ -126,7 +143,7 @@ def costs_of(shape: Shape) -> dict[Graph, int]:
     end = i if shape.input_side else o  # the width where the branch ends
     u, through = T * i, T * (i + end)
     v = T * end if trains or needs_input else 0
-    again = u if trains and r > KEPT * i else 0
+    again = u if trains and not _keeps(shape) else 0
     composed = through + v + trains * through + needs_input * u
     formed = (1 + (trains and needs_input)) * i * o + trains * 2 * T * (i + o) + shape.input_side * (1 + trains) * i * o
     return {Graph.COMPOSED: r * composed, Graph.FACTORED: r * (composed + again), Graph.FORMED: r * formed}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import peft_func as pf
-from peft_func.functional.gradient import gradient_of, in_transform
+from peft_func.functional.gradient import gradient_of
+from peft_func.weights.eager import in_transform
 from tests.zoo import randn
 
 TREE = {"a": {"w": randn(3, 2)}, "b": randn(3, seed=1), "unused": randn(2, seed=2)}

@@ -11,7 +11,7 @@ from tests.zoo import randn
 
 
 def shape(tokens=4096, inputs=256, outputs=256, rank=8, **changes):
-    given = {"trains": True, "needs_input": True, "may_form": True} | changes
+    given = {"trains": True, "needs_input": True, "may_form": True, "may_fuse": True} | changes
     return Shape(tokens, inputs, outputs, rank, **given)
 
 
@@ -40,7 +40,9 @@ def test_costs_are_those_of_the_products_that_run(graph, trains, needs_input, on
         if trains or needs_input:
             y.sum().backward()
     ((found, choice),) = seen
-    assert found == Shape(T, i, o, rank, trains, needs_input, True, on_input)
+    assert found == Shape(T, i, o, rank, trains, needs_input, True, trains, on_input)
+    assert choice.graph is (Graph(graph) if trains or graph == "formed" else Graph.COMPOSED)
+    assert choice.fuses is trains
     # The base takes part in forward, and in backward if anything in front of it has a gradient.
     base = T * i * o * (1 + (needs_input or (on_input and trains and graph == "factored")))
     assert counter.get_total_flops() == 2 * (base + choice.costs[Graph(graph)])
@@ -94,9 +96,24 @@ def test_it_can_be_forced_and_forbidden():
 
 def test_dropout_and_half_precision_are_never_formed():
     seen = []
-    x, A, B = torch.ones(64, 8), torch.ones(2, 8), torch.ones(8, 2, requires_grad=True)
+    x = torch.ones(64, 8)
+    A, B = torch.ones(2, 8, requires_grad=True), torch.ones(8, 2, requires_grad=True)
     with pf.graph("formed"), listening(lambda shape, choice: seen.append(choice.graph)):
         linear(x, torch.ones(8, 8), None, Branch(A, B, 1.0, dropped=x * 2))
         linear(x.bfloat16(), torch.ones(8, 8).bfloat16(), None, Branch(A, B, 1.0))
         linear(x, torch.ones(8, 8), None, Branch(A, B, 1.0))
     assert seen == [Graph.FACTORED, Graph.FACTORED, Graph.FORMED]
+
+
+def test_a_choice_says_where_autograd_needs_no_function():
+    seen = []
+    x, W, A, B = torch.ones(512, 512), torch.ones(512, 512), torch.ones(2, 512), torch.ones(512, 2, requires_grad=True)
+    with pf.densify("error"), listening(lambda shape, choice: seen.append(choice)):
+        linear(x, W, None, Branch(A, B, 1.0))  # LoRA-FA
+        linear(x, W, None, Branch(A.requires_grad_(), B, 1.0))
+        linear(x, W.requires_grad_(), None, Branch(A, B, 1.0))  # the base trains, too
+        with torch.no_grad():
+            linear(x, W, None, Branch(A, B, 1.0))
+    assert [choice.graph.value for choice in seen] == ["composed", "factored", "composed", "composed"]
+    assert [choice.fuses for choice in seen] == [False, True, False, False]
+    assert all("autograd" in choice.reason for choice in seen if not choice.fuses)
