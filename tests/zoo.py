@@ -141,10 +141,10 @@ class Experts(nn.Module):
         return self.plain(mixed.view(3, *x.shape[:-1], 6).mean(0))
 
 
-def bert() -> nn.Module:
+def bert(*, layers: int = 2, dropout: float = 0.0) -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        vocab_size=32, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)
 
@@ -157,18 +157,19 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def llama() -> nn.Module:
+def llama(*, dropout: float = 0.0) -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, use_cache=False,
+        num_key_value_heads=2, max_position_embeddings=32, attention_dropout=dropout, use_cache=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
-def vit() -> nn.Module:
+def vit(*, layers: int = 2, patch: int = 4, dropout: float = 0.0) -> nn.Module:
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
-        num_channels=1, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24, image_size=8,
+        patch_size=patch, num_channels=1, num_labels=3, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config)
 

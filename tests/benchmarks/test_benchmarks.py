@@ -228,3 +228,28 @@ def test_command_line_writes_runs_and_shows_and_draws_them(tmp_path):
 def test_pages_show_the_recorded_runs(page):
     text = (BENCHMARKS.parent / page).read_text(encoding="utf-8")
     assert report.markdown(report.read(BENCHMARKS / "results" / "cpu-2-cores.json")).strip() in text
+
+
+def test_the_ratios_in_the_readme_are_those_of_the_record():
+    runs = report.read(BENCHMARKS / "results" / "cpu-2-cores.json")
+    text = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+
+    def low(model, rank, kind, name, peer):
+        run = next(run for run in runs if (run["model"], run["rank"], run["kind"]) == (model, rank, kind))
+        peak = run["peak_bytes"]
+        return f"{report.ratio(run['seconds'], name, peer)[0]:.2f}", f"{peak[name] / peak[peer]:.2f}"
+
+    lora = {
+        (model, rank): low(model, rank, "LoRA", variants.LORA, variants.PEFT_LORA)[0]
+        for model in ("bert", "llama")
+        for rank in (8, 64)
+    }
+    both = "GIFT and DoRA"
+    gift = [low(model, 16, both, variants.GIFT, variants.DENSE_GIFT)[0] for model in ("bert", "llama")]
+    dora = [low(model, 16, both, variants.DORA, variants.PEFT_DORA) for model in ("bert", "llama")]
+    assert (
+        f"a LoRA step takes {lora['bert', 8]} (rank 8) and {lora['bert', 64]} (rank 64) of PEFT's on MiniLM, "
+        f"{lora['llama', 8]} and {lora['llama', 64]} on a Llama shape; "
+        f"GIFT {gift[0]} and {gift[1]} of forming its update; "
+        f"DoRA {dora[0][0]} and {dora[1][0]} of PEFT's with {dora[0][1]} and {dora[1][1]} of its peak memory"
+    ) in text

@@ -17,6 +17,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import peft_func as pf
+from tests import zoo
 from tests.threads import wrong_answers
 from tests.zoo import ids, randn
 
@@ -48,28 +49,9 @@ def steps(depth: int = 3, dropout: float = 0.0) -> nn.Sequential:
 STEPS = pf.of_type(Step)
 
 
-def bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_dropout=0.2, use_cache=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def vit() -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=2,
-        num_channels=1, num_labels=3, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-    )  # fmt: skip
-    return transformers.ViTForImageClassification(config)
+bert = functools.partial(zoo.bert, layers=3, dropout=0.2)
+llama = functools.partial(zoo.llama, dropout=0.2)
+vit = functools.partial(zoo.vit, layers=3, patch=2, dropout=0.1)
 
 
 def cnn() -> nn.Module:
