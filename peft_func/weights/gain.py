@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Below it, dividing would magnify what rounding left of the difference.
 SMALLEST = 1 / 64
+# Entries that stay in the cache of a core, and are enough for some threads to share.
+BLOCK = 2**18
 
 
 class Alias:
@@ -63,7 +65,10 @@ def gain_gradient(
 
 
 def _column_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sums over rows of `a * b`, some rows at a time: the products stay in the cache."""
-    rows = max(1, 2**17 // a.shape[1])
-    pieces = zip(a.split(rows), b.split(rows), strict=True)  # type: ignore[no-untyped-call]
-    return torch.stack([torch.sum(p.to(dtype) * q, 0) for p, q in pieces]).sum(0)
+    """Return the sums over rows of `a * b`, some rows at a time: what they are summed into stays in the cache."""
+    rows = max(1, BLOCK // max(1, a.shape[1]))
+    first, *others = zip(a.split(rows), b.split(rows), strict=True)  # type: ignore[no-untyped-call]
+    total = first[0].to(dtype) * first[1]
+    for p, q in others:
+        total[: len(p)].addcmul_(p.to(dtype), q.to(dtype))
+    return total.sum(0)

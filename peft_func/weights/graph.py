@@ -8,7 +8,7 @@ costs, in a training step,
 
 so forming pays when tokens are many: T (i + o) above 2 i o. It also reads and writes the weight once more, which no
 count of products shows; therefore it has to save a tenth. (The two graphs: Cherniuk et al., RunLoRA, arXiv 2312.03415.)
-What is kept for backward is bounded likewise: u is computed again where it is larger than 1/32 of the saved x.
+What is kept for backward is bounded likewise: u is computed again where it is larger than 1/32 of both x and y.
 
 GIFT's W (I + phi psi) costs `r * 6 T i` on the side of the input, or becomes W + (W phi) psi first: `2 i o` more.
 """
@@ -134,7 +134,7 @@ def _cheapest(shape: Shape, costs: dict[Graph, int], no_forming: bool) -> tuple[
 
 
 def _keeps(shape: Shape) -> bool:
-    return shape.rank <= KEPT * shape.inputs
+    return shape.rank <= KEPT * max(shape.inputs, shape.outputs)
 
 
 def costs_of(shape: Shape) -> dict[Graph, int]:
