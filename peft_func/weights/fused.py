@@ -85,7 +85,7 @@ def input_side(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch)
         y = _accumulated_slices(x, None, None, branch)
     else:
         choice = _choice(x, W, branch, input_side=True)
-        if W is not None and choice.graph is Graph.FORMED:
+        if W is not None and choice.absorbs:
             return _run(x, W, bias, branch._replace(B=torch.mm(W, branch.B)), None, choice)
         y = _run(x, None, None, branch, None, choice)
     return y if W is None else F.linear(y, W, bias)

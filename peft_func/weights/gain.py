@@ -68,7 +68,7 @@ def _column_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sums over rows of `a * b`, some rows at a time: what they are summed into stays in the cache."""
     rows = max(1, BLOCK // max(1, a.shape[1]))
     first, *others = zip(a.split(rows), b.split(rows), strict=True)  # type: ignore[no-untyped-call]
-    total = first[0].to(dtype) * first[1]
+    total: Tensor = first[0].to(dtype) * first[1]
     for p, q in others:
         total[: len(p)].addcmul_(p.to(dtype), q.to(dtype))
     return total.sum(0)

@@ -10,7 +10,8 @@ so forming pays when tokens are many: T (i + o) above 2 i o. It also reads and w
 count of products shows; therefore it has to save a tenth. (The two graphs: Cherniuk et al., RunLoRA, arXiv 2312.03415.)
 What is kept for backward is bounded likewise: u is computed again where it is larger than 1/32 of both x and y.
 
-GIFT's W (I + phi psi) costs `r * 6 T i` on the side of the input, or becomes W + (W phi) psi first: `2 i o` more.
+GIFT's x (I + phi psi)^T W^T costs `r * 6 T i`, and a copy of x; or it becomes W + (W phi) psi first, before the choice
+above: `r * 2 i o` more, and nothing is copied. That is less where the outputs are fewer, or the weight is small.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ from peft_func.weights.densify import forming_is_an_error
 SMALL = 2**22
 SAVING = 9 / 10
 KEPT = 1 / 32
+# Multiply-adds in the time that it takes to copy one number.
+COPY = 12
 
 
 class Graph(Enum):
@@ -48,7 +51,7 @@ class Shape(NamedTuple):
         trains: whether the factors get gradients.
         needs_input: whether the activation does.
         may_form: whether the sum can be formed without a loss: there is a matrix, of the factors' dtype, float32 at
-            least, and no dropout.
+            least, and no dropout. The same is asked for W B to take the place of B.
         may_fuse: whether one autograd function may be used for it.
         input_side: whether the branch is added to the input: x + u B^T goes through the matrix, or B becomes W B first.
     """
@@ -71,6 +74,7 @@ class Choice(NamedTuple):
         graph: how it is computed.
         fuses: whether by one autograd function; otherwise by plain operators.
         keeps: whether that keeps u for backward.
+        absorbs: whether a branch on the side of the input goes through the matrix first, `W B` in place of B.
         costs: multiply-adds besides those of the base, by graph.
         reason: in words.
     """
@@ -78,11 +82,12 @@ class Choice(NamedTuple):
     graph: Graph
     fuses: bool
     keeps: bool
+    absorbs: bool
     costs: dict[Graph, int]
     reason: str
 
 
-PLAIN = Choice(Graph.COMPOSED, False, True, {}, "small: plain operators cost least")
+PLAIN = Choice(Graph.COMPOSED, False, True, False, {}, "small: plain operators cost least")
 """The choice for small products, where the choosing would cost more than what it saves."""
 
 Listener: TypeAlias = Callable[[Shape, Choice], None]
@@ -112,7 +117,8 @@ def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
     if graph is Graph.FACTORED and not shape.may_fuse:
         graph, reason = Graph.COMPOSED, f"{reason}; autograd needs no function for them"
     fuses = graph is not Graph.COMPOSED and shape.may_fuse
-    return Choice(graph, fuses, _keeps(shape), costs, reason)
+    absorbs = shape.input_side and (graph is Graph.FORMED or _absorbs(shape))
+    return Choice(graph, fuses, _keeps(shape), absorbs, costs, reason)
 
 
 def _forced_graph(shape: Shape, forced: Graph, no_forming: bool) -> tuple[Graph, str]:
@@ -137,15 +143,23 @@ def _keeps(shape: Shape) -> bool:
     return shape.rank <= KEPT * max(shape.inputs, shape.outputs)
 
 
+def _absorbs(shape: Shape) -> bool:
+    T, i, o, r, trains, needs_input = shape[:6]
+    products = 1 + (trains or needs_input) + trains  # those that end in the width of the branch
+    return shape.may_form and r * (products * T * (o - i) + (1 + trains) * i * o) < COPY * T * i * (1 + needs_input)
+
+
 def costs_of(shape: Shape) -> dict[Graph, int]:
     """Count multiply-adds besides those of the base, by graph."""
     T, i, o, r, trains, needs_input = shape[:6]
-    end = i if shape.input_side else o  # the width where the branch ends
+    absorbing = (1 + trains) * i * o if shape.input_side else 0
+    inside = shape.input_side and not _absorbs(shape)
+    end = i if inside else o  # the width where the branch ends
     u, through = T * i, T * (i + end)
     v = T * end if trains or needs_input else 0
     again = u if trains and not _keeps(shape) else 0
-    composed = through + v + trains * through + needs_input * u
-    formed = (1 + (trains and needs_input)) * i * o + trains * 2 * T * (i + o) + shape.input_side * (1 + trains) * i * o
+    composed = through + v + trains * through + needs_input * u + (0 if inside else absorbing)
+    formed = (1 + (trains and needs_input)) * i * o + trains * 2 * T * (i + o) + absorbing
     return {Graph.COMPOSED: r * composed, Graph.FACTORED: r * (composed + again), Graph.FORMED: r * formed}
 
 

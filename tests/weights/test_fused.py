@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_func as pf
 from peft_func.weights import fused
 from peft_func.weights.fused import Branch, LowRankLinear, can_fuse
+from peft_func.weights.graph import listening
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Product, Sum
 from tests.laws.test_nothing_dense import Watch
 from tests.zoo import randn
@@ -126,19 +127,26 @@ class TestTheFunction:
 @pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("matrix", ["lora", "gift", "dora", "identity"])
+@pytest.mark.parametrize("matrix", ["lora", "gift", "gift to more", "dora", "identity"])
 def test_expressions_by_every_graph(shape, graph, matrix):
-    W, phi, psi, A, B = randn(4, 5), randn(5, 2, seed=1), randn(2, 5, seed=2), randn(2, 5, seed=3), randn(4, 2, seed=4)
-    gain, bias, x = randn(4, seed=5), randn(4 if matrix != "identity" else 5, seed=6), randn(*shape, seed=7)
-    inputs = [t.requires_grad_() for t in (x, bias, *((phi, psi) if matrix in ("gift", "identity") else (A, B)))]
+    out = {"identity": 5, "gift to more": 40}.get(matrix, 4)
+    W, phi, psi = randn(out, 5), randn(5, 2, seed=1), randn(2, 5, seed=2)
+    A, B, gain = randn(2, 5, seed=3), randn(out, 2, seed=4), randn(out, seed=5)
+    bias, x = randn(out, seed=6), randn(*shape, seed=7)
+    inputs = [t.requires_grad_() for t in (x, bias, *((A, B) if matrix in ("lora", "dora") else (phi, psi)))]
     expression, dense = {
         "lora": (Sum(Dense(W), LowRank(B, A, 0.7)), lambda: W + 0.7 * B @ A),
         "gift": (Product(Dense(W), IdentityPlus(LowRank(phi, psi, 0.7))), lambda: W + 0.7 * W @ phi @ psi),
+        "gift to more": (Product(Dense(W), IdentityPlus(LowRank(phi, psi, 0.7))), lambda: W + 0.7 * W @ phi @ psi),
         "dora": (Product(Diagonal(gain), Sum(Dense(W), LowRank(B, A))), lambda: gain[:, None] * (W + B @ A)),
         "identity": (IdentityPlus(LowRank(phi, psi)), lambda: torch.eye(5).double() + phi @ psi),
     }[matrix]
-    with pf.graph(graph):
+    seen = []
+    with pf.graph(graph), listening(lambda _, choice: seen.append(choice.absorbs)):
         y = expression.linear(x, bias)
+    # W (phi psi) as (W phi) psi: always to form it, else where there are rows, and not many columns.
+    absorbs = "gift" in matrix and (graph == "formed" or (len(x) > 0 and out == 4))
+    assert seen == [absorbs]
     expected = x @ dense().T + bias
     assert y.shape == expected.shape
     assert torch.allclose(y, expected, rtol=0, atol=1e-10)
@@ -340,11 +348,14 @@ def test_small_products_and_those_of_a_frozen_factor_stay_with_plain_operators()
 
 
 def test_a_trained_base_gets_its_gradient():
-    W, A, B, x = (t.requires_grad_() for t in (randn(4, 5), randn(2, 5), randn(4, 2), randn(3, 5)))
-    for graph in GRAPHS:
+    shapes = ((4, 5), (2, 5), (4, 2), (5, 2), (3, 5))
+    W, A, B, phi, x = (randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+    low, gift = Sum(Dense(W), LowRank(B, A)), Product(Dense(W), IdentityPlus(LowRank(phi, A)))
+    for graph, (matrix, factor) in itertools.product(GRAPHS, ((low, B), (gift, phi))):
         with pf.graph(graph):
-            ours = torch.autograd.grad(Sum(Dense(W), LowRank(B, A)).linear(x).sin().sum(), [W, A, B, x])
-        theirs = torch.autograd.grad((x @ (W + B @ A).T).sin().sum(), [W, A, B, x])
+            ours = torch.autograd.grad(matrix.linear(x).sin().sum(), [W, A, factor, x])
+        update = B @ A if factor is B else W @ phi @ A
+        theirs = torch.autograd.grad((x @ (W + update).T).sin().sum(), [W, A, factor, x])
         assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(ours, theirs, strict=True))
 
 

@@ -44,7 +44,7 @@ def test_costs_are_those_of_the_products_that_run(graph, trains, needs_input, on
     assert choice.graph is (Graph(graph) if trains or graph == "formed" else Graph.COMPOSED)
     assert choice.fuses is trains
     # The base takes part in forward, and in backward if anything in front of it has a gradient.
-    base = T * i * o * (1 + (needs_input or (on_input and trains and graph == "factored")))
+    base = T * i * o * (1 + (needs_input or (on_input and trains and not choice.absorbs)))
     assert counter.get_total_flops() == 2 * (base + choice.costs[Graph(graph)])
 
 
@@ -71,6 +71,20 @@ def test_the_chosen_graph_costs_least_or_nearly_so(on_input):
 def test_what_is_kept_is_bounded():
     assert choose(shape(256, rank=8)).keeps
     assert not choose(shape(256, rank=9)).keeps
+    assert choose(shape(256, outputs=512, rank=16)).keeps
+
+
+def test_a_branch_on_the_input_goes_through_the_matrix_first_where_that_costs_less():
+    assert choose(shape(2048, 1024, 256, input_side=True)).absorbs
+    assert choose(shape(2048, 256, 256, input_side=True)).absorbs  # the copy of x costs more than W B
+    assert not choose(shape(2048, 256, 1024, input_side=True)).absorbs
+    assert not choose(shape(256, 1024, 1024, rank=64, input_side=True)).absorbs
+    assert not choose(shape(2048, 1024, 256)).absorbs
+    assert not choose(shape(2048, 1024, 256, input_side=True, may_form=False)).absorbs
+    with pf.densify("error"):
+        choice = choose(shape(2048, 1024, 256, input_side=True))
+    assert choice.graph is Graph.FACTORED
+    assert choice.absorbs
 
 
 def test_it_can_be_forced_and_forbidden():
