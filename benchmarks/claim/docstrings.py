@@ -33,12 +33,20 @@ class Task:
     names: tuple[str, ...]
 
 
+def packages() -> tuple[str, ...]:
+    """Return those of `PACKAGES` that are here: some systems leave tkinter out of their Python."""
+    return tuple(package for package in PACKAGES if _files(package))
+
+
+def _files(package: str) -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return sorted((root / package).rglob("*.py")) or [file for file in [root / f"{package}.py"] if file.exists()]
+
+
 def sentences(package: str) -> list[str]:
     """Return the distinct docstrings of a package of the standard library, without the package's own name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted((root / package).rglob("*.py")) or [root / f"{package}.py"]
     found: dict[str, None] = {}
-    for file in files:
+    for file in _files(package):
         if not {"test", "tests"} & set(file.parts):
             for text in _docstrings(file):
                 found.setdefault(re.sub(rf"\b{package}\b", "it", text, flags=re.IGNORECASE))
@@ -64,7 +72,8 @@ def load(tokenizer: object, *, length: int = 24, seed: int = 0, most: int = MOST
     """
     texts, labels = [], []
     draw = torch.Generator().manual_seed(seed)
-    for number, package in enumerate(PACKAGES):
+    names = packages()
+    for number, package in enumerate(names):
         own = sentences(package)
         chosen = torch.randperm(len(own), generator=draw)[:most].tolist()
         texts += [own[i] for i in chosen]
@@ -76,4 +85,4 @@ def load(tokenizer: object, *, length: int = 24, seed: int = 0, most: int = MOST
     order = torch.tensor(sorted(first))[torch.randperm(len(first), generator=draw)]
     cut = len(order) * 3 // 4
     train, test = (tuple(column[part] for column in columns) for part in (order[:cut], order[cut:]))
-    return Task(train, test, PACKAGES)
+    return Task(train, test, names)

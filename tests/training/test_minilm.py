@@ -65,7 +65,7 @@ def test_lora_beats_the_linear_probe_on_held_out_docstrings(folder):
     probe, _ = run(net, task, PROBE)
     lora, module = run(net, task, LORA)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert probe > 0.6  # of twelve classes
+    assert probe > 0.6  # of twelve classes, eleven where Python comes without tkinter
     assert lora > probe + 0.03
 
     merged = WithLoss(AutoModel.from_config(net.encoder.config), len(task.names)).eval()
