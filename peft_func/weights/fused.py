@@ -9,7 +9,7 @@ and value of a layer share, and u = x A^T where it is small. With v = (g dy) B, 
 2106.09685): dB = s (g dy)^T u, dA = s v^T x, dx = (g dy) W + s v A.
 
 Products with a narrow side take longer where that side comes last and has strides; so a B of few columns is copied to
-`[rank, out]`, and dB is `(u^T dy)^T`. From some 32 columns on there is nothing to gain.
+`[rank, out]`, and dB is `(u^T dy)^T`.
 
 All this is for plain eager mode: functorch and compile get the composed form of `peft_func.weights.matrix`, which they
 map, differentiate and fuse on their own; autocast too, which leaves in-place products alone.

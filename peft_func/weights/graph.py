@@ -28,7 +28,7 @@ from peft_func.weights.densify import forming_is_an_error
 SMALL = 2**22
 SAVING = 9 / 10
 KEPT = 1 / 32
-# Multiply-adds in the time that it takes to copy one number.
+# Multiply-adds of narrow products in the time that it takes to copy one number, about, on a CPU.
 COPY = 12
 
 
@@ -112,13 +112,18 @@ def attended() -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(shape: Shape, forced: Graph | None, no_forming: bool) -> Choice:
-    costs = costs_of(shape)
+    small = forced is None and shape.tokens * shape.inputs * shape.outputs < SMALL
+    absorbs = not small and _absorbs(shape)
+    costs = costs_of(shape, absorbs=absorbs)
+    if small:
+        return PLAIN._replace(costs=costs)
     graph, reason = _forced_graph(shape, forced, no_forming) if forced else _cheapest(shape, costs, no_forming)
     if graph is Graph.FACTORED and not shape.may_fuse:
         graph, reason = Graph.COMPOSED, f"{reason}; autograd needs no function for them"
     fuses = graph is not Graph.COMPOSED and shape.may_fuse
-    absorbs = shape.input_side and (graph is Graph.FORMED or _absorbs(shape))
-    return Choice(graph, fuses, _keeps(shape), absorbs, costs, reason)
+    if absorbs and graph is not Graph.FORMED:
+        reason += "; W B takes the place of B"
+    return Choice(graph, fuses, _keeps(shape), absorbs or (shape.input_side and graph is Graph.FORMED), costs, reason)
 
 
 def _forced_graph(shape: Shape, forced: Graph, no_forming: bool) -> tuple[Graph, str]:
@@ -129,8 +134,6 @@ def _forced_graph(shape: Shape, forced: Graph, no_forming: bool) -> tuple[Graph,
 
 
 def _cheapest(shape: Shape, costs: dict[Graph, int], no_forming: bool) -> tuple[Graph, str]:
-    if shape.tokens * shape.inputs * shape.outputs < SMALL:
-        return PLAIN.graph, PLAIN.reason
     if no_forming or not shape.may_form:
         return Graph.FACTORED, "the matrix cannot be formed here"
     if costs[Graph.FORMED] <= SAVING * costs[Graph.FACTORED]:
@@ -146,14 +149,15 @@ def _keeps(shape: Shape) -> bool:
 def _absorbs(shape: Shape) -> bool:
     T, i, o, r, trains, needs_input = shape[:6]
     products = 1 + (trains or needs_input) + trains  # those that end in the width of the branch
-    return shape.may_form and r * (products * T * (o - i) + (1 + trains) * i * o) < COPY * T * i * (1 + needs_input)
+    saved = COPY * T * i * (1 + needs_input)
+    return shape.input_side and shape.may_form and r * (products * T * (o - i) + (1 + trains) * i * o) < saved
 
 
-def costs_of(shape: Shape) -> dict[Graph, int]:
+def costs_of(shape: Shape, *, absorbs: bool) -> dict[Graph, int]:
     """Count multiply-adds besides those of the base, by graph."""
     T, i, o, r, trains, needs_input = shape[:6]
     absorbing = (1 + trains) * i * o if shape.input_side else 0
-    inside = shape.input_side and not _absorbs(shape)
+    inside = shape.input_side and not absorbs
     end = i if inside else o  # the width where the branch ends
     u, through = T * i, T * (i + end)
     v = T * end if trains or needs_input else 0

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peft_func as pf
 from peft_func.weights.fused import Branch, input_side, linear
-from peft_func.weights.graph import Graph, Shape, choose, costs_of, listening
+from peft_func.weights.graph import PLAIN, Graph, Shape, choose, listening
 from tests.zoo import randn
 
 
@@ -63,7 +63,8 @@ def test_the_chosen_graph_costs_least_or_nearly_so(on_input):
     for tokens in (64, 256, 1024, 4096):
         for inputs, outputs in ((256, 256), (1024, 4096), (4096, 1024)):
             given = shape(tokens, inputs, outputs, input_side=on_input)
-            choice, costs = choose(given), costs_of(given)
+            choice = choose(given)
+            costs = choice.costs
             assert choice.graph is not Graph.COMPOSED
             assert costs[choice.graph] * 9 <= min(costs.values()) * 10
 
@@ -85,6 +86,13 @@ def test_a_branch_on_the_input_goes_through_the_matrix_first_where_that_costs_le
         choice = choose(shape(2048, 1024, 256, input_side=True))
     assert choice.graph is Graph.FACTORED
     assert choice.absorbs
+    assert "W B" in choice.reason
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_who_listens_sees_the_choice_that_is_made_when_nobody_does(on_input):
+    small = choose(shape(16, input_side=on_input))
+    assert small._replace(costs={}) == PLAIN
 
 
 def test_it_can_be_forced_and_forbidden():
