@@ -1,12 +1,15 @@
 """`g (x W^T + s (x A^T) B^T) + b` with one base product, and never a gradient of the size of W.
 
+The branch may also be inside, `g (x + s (x A^T) B^T) W^T + b`; and there are three ways to compute either:
+
     composed   plain operators, the branch accumulated into the base product
     factored   an autograd Function over the same products
     formed     an autograd Function that forms V = W + s B A in forward, and again in backward: x V^T
 
 Which is used is chosen for each product (`peft_func.weights.graph`). The Functions save x itself, which the query, key
 and value of a layer share, and u = x A^T where it is small. With v = (g dy) B, backward is that of Hu et al. (arXiv
-2106.09685): dB = s (g dy)^T u, dA = s v^T x, dx = (g dy) W + s v A.
+2106.09685): dB = s (g dy)^T u, dA = s v^T x, dx = (g dy) W + s v A. With the branch inside, it is that of a branch
+without W, once (g dy) W has taken the place of dy.
 
 Products with a narrow side take longer where that side comes last and has strides; so a B of few columns is copied to
 `[rank, out]`, and dB is `(u^T dy)^T`.
@@ -39,12 +42,14 @@ class Branch(NamedTuple):
         B: `[out, rank]`, or `[count, out, rank]`.
         scale: s.
         dropped: what it acts on, if that is not the activation itself.
+        inside: whether it is added to the activation, before the matrix: `(x + branch) W^T`.
     """
 
     A: Tensor
     B: Tensor
     scale: float
     dropped: Tensor | None = None
+    inside: bool = False
 
 
 def can_fuse(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor) -> bool:
@@ -83,12 +88,11 @@ def input_side(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch)
     """Return `(x + branch) W^T + bias`, where `can_fuse` says so; without W, that is x + branch."""
     if branch.A.dim() == 3:
         y = _accumulated_slices(x, None, None, branch)
-    else:
-        choice = _choice(x, W, branch, input_side=True)
-        if W is not None and choice.absorbs:
-            return _run(x, W, bias, branch._replace(B=torch.mm(W, branch.B)), None, choice)
-        y = _run(x, None, None, branch, None, choice)
-    return y if W is None else F.linear(y, W, bias)
+        return y if W is None else F.linear(y, W, bias)
+    choice = _choice(x, W, branch, input_side=True)
+    if W is not None:
+        branch = branch._replace(B=torch.mm(W, branch.B)) if choice.absorbs else branch._replace(inside=True)
+    return _run(x, W, bias, branch, None, choice)
 
 
 def _choice(x: Tensor, W: Tensor | None, branch: Branch, *, input_side: bool = False) -> Choice:
@@ -107,7 +111,7 @@ def _choice(x: Tensor, W: Tensor | None, branch: Branch, *, input_side: bool = F
         may_form=W is not None and branch.dropped is None and W.dtype == A.dtype and A.dtype.itemsize >= 4,
         # Where A is frozen (LoRA-FA), autograd itself need not keep x; the function has no gradient of W.
         may_fuse=grad and A.requires_grad and not (W is not None and W.requires_grad),
-        input_side=input_side,
+        input_side=input_side and W is not None,
     )
     return choose(shape)
 
@@ -115,20 +119,22 @@ def _choice(x: Tensor, W: Tensor | None, branch: Branch, *, input_side: bool = F
 def _run(
     x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch, gain: Tensor | None, choice: Choice
 ) -> Tensor:
-    A, B, scale, dropped = branch
+    A, B, scale, dropped, inside = branch
     formed = choice.graph is Graph.FORMED
     if choice.fuses:
-        y: Tensor = _fused(x, dropped, W, bias, gain, A, B, scale, formed, choice.keeps)[0]
+        y: Tensor = _fused(x, dropped, W, bias, gain, A, B, scale, inside, formed, choice.keeps)[0]
     else:
         y = _gained(_composed(x, W, bias if gain is None else None, branch, formed=formed), gain, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _composed(
     x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch, *, formed: bool = False, in_place: bool = True
 ) -> Tensor:
     """Return `x W^T + bias + branch` in two dimensions, which an in-place product has to have from the start."""
-    A, B, scale, dropped = branch
+    if branch.inside and W is not None:
+        return F.linear(_composed(x, None, None, branch), W, bias)
+    A, B, scale, dropped, _ = branch
     x = x if x.dim() == 2 else x.reshape(-1, A.shape[1])
     if formed and W is not None:
         return F.linear(x, torch.addmm(W, B, A, alpha=scale), bias)
@@ -143,7 +149,7 @@ def _composed(
 
 
 def _accumulated_slices(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch) -> Tensor:
-    A, B, scale, dropped = branch
+    A, B, scale, dropped, _ = branch
     z = (x if dropped is None else dropped).to(A.dtype)
     u = torch.bmm(A, z.mT).mT  # a third faster on the CPU than x A^T
     y = x if W is None else F.linear(x, W, bias)
@@ -170,7 +176,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, dropped: Tensor | None, W: Tensor | None, bias: Tensor | None, gain: Tensor | None,
-        A: Tensor, B: Tensor, scale: float, formed: bool, keeps: bool,
+        A: Tensor, B: Tensor, scale: float, inside: bool, formed: bool, keeps: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Compute y."""
         x = x.reshape(-1, A.shape[1])
@@ -182,7 +188,11 @@ class LowRankLinear(torch.autograd.Function):
             y = F.linear(x, _formed(W, A, B, scale, None), inner)
         else:
             u = _narrow(x if dropped is None else dropped.reshape(x.shape), A)
-            y = _plus(x if W is None else F.linear(x, W, inner), u, _turned(B), scale, fresh=W is not None)
+            if W is None or inside:
+                y = _plus(x, u, _turned(B), scale, fresh=False)
+                y = y if W is None else F.linear(y, W, inner)
+            else:
+                y = _plus(F.linear(x, W, inner), u, _turned(B), scale, fresh=True)
             kept = u if keeps else None
         if gain is None:
             return y, kept, None
@@ -195,7 +205,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what backward needs."""
-        x, dropped, W, bias, gain, A, B, ctx.scale, ctx.formed, _ = inputs
+        x, dropped, W, bias, gain, A, B, ctx.scale, ctx.inside, ctx.formed, _ = inputs
         y, *kept = output
         ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))
         ctx.set_materialize_grads(False)
@@ -207,7 +217,7 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         """Return the gradients, by the factors."""
         if dy is None:
-            return (None,) * 10
+            return (None,) * 11
         x, dropped, W, bias, gain, A, B, u, before = ctx.saved_tensors
         wants, scale = ctx.needs_input_grad, ctx.scale
         z = (x if dropped is None else dropped).reshape(-1, A.shape[1])
@@ -215,8 +225,13 @@ class LowRankLinear(torch.autograd.Function):
         if wants[3]:
             d_bias = dy.sum(0)
         if wants[4]:
-            again = functools.partial(_composed, x, W, None, Branch(A, B, scale, dropped))
+            branch = Branch(A, B, scale, dropped, ctx.inside)
+            again = functools.partial(_composed, x, W, None, branch)
             d_gain, ctx.output = gain_gradient(dy, gain, bias, before, ctx.output, again), None
+        fresh = W is not None
+        if ctx.inside:
+            dy, W, gain = torch.mm(dy if gain is None else (dy * gain).to(dy.dtype), W), None, None
+            fresh = not torch.is_grad_enabled()  # a graph of this backward keeps it
         wide = dy.to(A.dtype)
         if wants[5] or wants[1] or (wants[0] and not ctx.formed):
             v = torch.mm(wide, _turned(B if gain is None else B * gain.unsqueeze(1).to(B.dtype)).t())
@@ -232,10 +247,10 @@ class LowRankLinear(torch.autograd.Function):
         elif wants[0]:
             dx = dy if gain is None else (dy * gain).to(dy.dtype)
             dx = dx if W is None else torch.mm(dx, W)
-            dx = (dx if dropped is not None else _plus(dx, v, A, scale, fresh=W is not None)).view(x.shape)
+            dx = (dx if dropped is not None else _plus(dx, v, A, scale, fresh=fresh)).view(x.shape)
         if wants[1]:
             d_dropped = (torch.mm(v, A) * scale).to(dropped.dtype).view(x.shape)
-        return dx, d_dropped, None, d_bias, d_gain, dA, dB, None, None, None
+        return dx, d_dropped, None, d_bias, d_gain, dA, dB, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -244,21 +259,22 @@ class LowRankLinear(torch.autograd.Function):
         d_x, d_dropped, d_W, d_bias, d_gain, d_A, d_B, *_ = tangents
         flat = (-1, A.shape[1])
         z, d_z = (x, d_x) if dropped is None else (dropped, d_dropped)
-        terms = [] if d_x is None else [d_x.reshape(flat) if W is None else F.linear(d_x.reshape(flat), W)]
+        branch = Branch(A, B, ctx.scale, dropped, ctx.inside)
+        through = (lambda t: t) if W is None else functools.partial(F.linear, weight=W)
+        terms = [] if d_x is None else [through(d_x.reshape(flat))]
         if d_W is not None:
-            terms.append(F.linear(x.reshape(flat), d_W))
+            terms.append(F.linear(_composed(x, None, None, branch) if ctx.inside else x.reshape(flat), d_W))
         for z_, A_, B_ in ((d_z, A, B), (z, d_A, B), (z, A, d_B)):
             if z_ is not None and A_ is not None and B_ is not None:
-                terms.append((F.linear(_narrow(z_.reshape(flat), A_), B_) * ctx.scale).to(x.dtype))
+                term = (F.linear(_narrow(z_.reshape(flat), A_), B_) * ctx.scale).to(x.dtype)
+                terms.append(through(term) if ctx.inside else term)
         dy = sum(terms) if gain is None else sum(terms) * gain
         if d_gain is not None:
-            dy = dy + _composed(x, W, None, Branch(A, B, ctx.scale, dropped)) * d_gain
+            dy = dy + _composed(x, W, None, branch) * d_gain
         dy = dy if d_bias is None else dy + d_bias
-        return (
-            (dy.to(x.dtype) if isinstance(dy, Tensor) else x.new_zeros(z.reshape(flat).shape[0], B.shape[0])),
-            None,
-            None,
-        )
+        if not isinstance(dy, Tensor):
+            dy = x.new_zeros(z.reshape(flat).shape[0], (W if ctx.inside else B).shape[0])
+        return dy.to(x.dtype), None, None
 
     @staticmethod
     def vmap(_: Any, in_dims: Any, *args: Any) -> Any:
@@ -271,9 +287,9 @@ _fused: Callable[..., Any] = LowRankLinear.apply
 
 def _unfused(
     x: Tensor, dropped: Tensor | None, W: Tensor | None, bias: Tensor | None, gain: Tensor | None,
-    A: Tensor, B: Tensor, scale: float, *_: Any,
+    A: Tensor, B: Tensor, scale: float, inside: bool, *_: Any,
 ) -> Tensor:  # fmt: skip
-    y = _composed(x, W, bias if gain is None else None, Branch(A, B, scale, dropped), in_place=False)
+    y = _composed(x, W, bias if gain is None else None, Branch(A, B, scale, dropped, inside), in_place=False)
     return _gained(y, gain, bias)
 
 

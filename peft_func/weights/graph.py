@@ -11,7 +11,8 @@ count of products shows; therefore it has to save a tenth. (The two graphs: Cher
 What is kept for backward is bounded likewise: u is computed again where it is larger than 1/32 of both x and y.
 
 GIFT's x (I + phi psi)^T W^T costs `r * 6 T i`, and a copy of x; or it becomes W + (W phi) psi first, before the choice
-above: `r * 2 i o` more, and nothing is copied. That is less where the outputs are fewer, or the weight is small.
+above: `r * 2 i o` more, and nothing is copied. That is less where the outputs are fewer, or the weight is small; and in
+the first layers of a model, whose input has no gradient: dy W, which phi needs inside, is a product with the base.
 """
 
 import contextlib
@@ -147,10 +148,10 @@ def _keeps(shape: Shape) -> bool:
 
 
 def _absorbs(shape: Shape) -> bool:
-    T, i, o, r, trains, needs_input = shape[:6]
-    products = 1 + (trains or needs_input) + trains  # those that end in the width of the branch
-    saved = COPY * T * i * (1 + needs_input)
-    return shape.input_side and shape.may_form and r * (products * T * (o - i) + (1 + trains) * i * o) < saved
+    if not (shape.input_side and shape.may_form):
+        return False
+    absorbed, inside = (costs_of(shape, absorbs=absorbs)[Graph.COMPOSED] for absorbs in (True, False))
+    return absorbed < inside + COPY * shape.tokens * shape.inputs
 
 
 def costs_of(shape: Shape, *, absorbs: bool) -> dict[Graph, int]:
@@ -164,7 +165,10 @@ def costs_of(shape: Shape, *, absorbs: bool) -> dict[Graph, int]:
     again = u if trains and not _keeps(shape) else 0
     composed = through + v + trains * through + needs_input * u + (0 if inside else absorbing)
     formed = (1 + (trains and needs_input)) * i * o + trains * 2 * T * (i + o) + absorbing
-    return {Graph.COMPOSED: r * composed, Graph.FACTORED: r * (composed + again), Graph.FORMED: r * formed}
+    # What is inside has its gradient through the base, even where the input has none.
+    base = T * i * o if inside and trains and not needs_input else 0
+    factored = base + r * (composed + again)
+    return {Graph.COMPOSED: base + r * composed, Graph.FACTORED: factored, Graph.FORMED: r * formed}
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ def test_costs_are_those_of_the_products_that_run(graph, trains, needs_input, on
     assert found == Shape(T, i, o, rank, trains, needs_input, True, trains, on_input)
     assert choice.graph is (Graph(graph) if trains or graph == "formed" else Graph.COMPOSED)
     assert choice.fuses is trains
-    # The base takes part in forward, and in backward if anything in front of it has a gradient.
-    base = T * i * o * (1 + (needs_input or (on_input and trains and not choice.absorbs)))
+    # The base takes part in forward, and in backward if its input has a gradient.
+    base = T * i * o * (1 + needs_input)
     assert counter.get_total_flops() == 2 * (base + choice.costs[Graph(graph)])
 
 
@@ -79,6 +79,7 @@ def test_a_branch_on_the_input_goes_through_the_matrix_first_where_that_costs_le
     assert choose(shape(2048, 1024, 256, input_side=True)).absorbs
     assert choose(shape(2048, 256, 256, input_side=True)).absorbs  # the copy of x costs more than W B
     assert not choose(shape(2048, 256, 1024, input_side=True)).absorbs
+    assert choose(shape(2048, 256, 1024, input_side=True, needs_input=False)).absorbs  # its gradient needs no dy W
     assert not choose(shape(256, 1024, 1024, rank=64, input_side=True)).absorbs
     assert not choose(shape(2048, 1024, 256)).absorbs
     assert not choose(shape(2048, 1024, 256, input_side=True, may_form=False)).absorbs
