@@ -20,36 +20,19 @@ map, differentiate and fuse on their own; autocast too, which leaves in-place pr
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_func.weights.branch import Branch, accumulated_slices, composed, gained
 from peft_func.weights.eager import in_transform
 from peft_func.weights.gain import Alias, gain_gradient, may_alias
 from peft_func.weights.graph import PLAIN, SMALL, Choice, Graph, Shape, attended, choose
 
 # The rank from which products are not narrow any more.
 WIDE = 32
-
-
-class Branch(NamedTuple):
-    """The low-rank part of a product.
-
-    Attributes:
-        A: `[rank, in]`, or `[count, rank, in]`: one for each slice of an activation `[count, n, in]`.
-        B: `[out, rank]`, or `[count, out, rank]`.
-        scale: s.
-        dropped: what it acts on, if that is not the activation itself.
-        inside: whether it is added to the activation, before the matrix: `(x + branch) W^T`.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    dropped: Tensor | None = None
-    inside: bool = False
 
 
 def can_fuse(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor) -> bool:
@@ -80,14 +63,14 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, branch: Branch, gain: Tens
         gain: `[out]`, or None.
     """
     if branch.A.dim() == 3:
-        return _gained(_accumulated_slices(x, W, bias if gain is None else None, branch), gain, bias)
+        return gained(accumulated_slices(x, W, bias if gain is None else None, branch), gain, bias)
     return _run(x, W, bias, branch, gain, _choice(x, W, branch))
 
 
 def input_side(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch) -> Tensor:
     """Return `(x + branch) W^T + bias`, where `can_fuse` says so; without W, that is x + branch."""
     if branch.A.dim() == 3:
-        y = _accumulated_slices(x, None, None, branch)
+        y = accumulated_slices(x, None, None, branch)
         return y if W is None else F.linear(y, W, bias)
     choice = _choice(x, W, branch, input_side=True)
     if W is not None:
@@ -124,45 +107,8 @@ def _run(
     if choice.fuses:
         y: Tensor = _fused(x, dropped, W, bias, gain, A, B, scale, inside, formed, choice.keeps)[0]
     else:
-        y = _gained(_composed(x, W, bias if gain is None else None, branch, formed=formed), gain, bias)
+        y = gained(composed(x, W, bias if gain is None else None, branch, formed=formed), gain, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
-
-
-def _composed(
-    x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch, *, formed: bool = False, in_place: bool = True
-) -> Tensor:
-    """Return `x W^T + bias + branch` in two dimensions, which an in-place product has to have from the start."""
-    if branch.inside and W is not None:
-        return F.linear(_composed(x, None, None, branch), W, bias)
-    A, B, scale, dropped, _ = branch
-    x = x if x.dim() == 2 else x.reshape(-1, A.shape[1])
-    if formed and W is not None:
-        return F.linear(x, torch.addmm(W, B, A, alpha=scale), bias)
-    z = x if dropped is None else dropped.reshape(x.shape)
-    u = F.linear(z if z.dtype == A.dtype else z.to(A.dtype), A)
-    if x.dtype != A.dtype:
-        y = x if W is None else F.linear(x, W, bias)
-        return y + (F.linear(u, B) * scale).to(y.dtype)
-    if W is None or not in_place:
-        return torch.addmm(x if W is None else F.linear(x, W, bias), u, B.t(), alpha=scale)
-    return F.linear(x, W, bias).addmm_(u, B.t(), alpha=scale)
-
-
-def _accumulated_slices(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch) -> Tensor:
-    A, B, scale, dropped, _ = branch
-    z = (x if dropped is None else dropped).to(A.dtype)
-    u = torch.bmm(A, z.mT).mT  # a third faster on the CPU than x A^T
-    y = x if W is None else F.linear(x, W, bias)
-    if y.dtype != u.dtype:
-        return y + (torch.bmm(u, B.mT) * scale).to(y.dtype)
-    return torch.baddbmm(y, u, B.mT, alpha=scale) if W is None else y.baddbmm_(u, B.mT, alpha=scale)
-
-
-def _gained(y: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
-    if gain is None:
-        return y
-    y = (y * gain).to(y.dtype)
-    return y if bias is None else y + bias
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -226,7 +172,7 @@ class LowRankLinear(torch.autograd.Function):
             d_bias = dy.sum(0)
         if wants[4]:
             branch = Branch(A, B, scale, dropped, ctx.inside)
-            again = functools.partial(_composed, x, W, None, branch)
+            again = functools.partial(composed, x, W, None, branch)
             d_gain, ctx.output = gain_gradient(dy, gain, bias, before, ctx.output, again), None
         fresh = W is not None
         if ctx.inside:
@@ -263,14 +209,14 @@ class LowRankLinear(torch.autograd.Function):
         through = (lambda t: t) if W is None else functools.partial(F.linear, weight=W)
         terms = [] if d_x is None else [through(d_x.reshape(flat))]
         if d_W is not None:
-            terms.append(F.linear(_composed(x, None, None, branch) if ctx.inside else x.reshape(flat), d_W))
+            terms.append(F.linear(composed(x, None, None, branch) if ctx.inside else x.reshape(flat), d_W))
         for z_, A_, B_ in ((d_z, A, B), (z, d_A, B), (z, A, d_B)):
             if z_ is not None and A_ is not None and B_ is not None:
                 term = (F.linear(_narrow(z_.reshape(flat), A_), B_) * ctx.scale).to(x.dtype)
                 terms.append(through(term) if ctx.inside else term)
         dy = sum(terms) if gain is None else sum(terms) * gain
         if d_gain is not None:
-            dy = dy + _composed(x, W, None, branch) * d_gain
+            dy = dy + composed(x, W, None, branch) * d_gain
         dy = dy if d_bias is None else dy + d_bias
         if not isinstance(dy, Tensor):
             dy = x.new_zeros(z.reshape(flat).shape[0], (W if ctx.inside else B).shape[0])
@@ -289,8 +235,8 @@ def _unfused(
     x: Tensor, dropped: Tensor | None, W: Tensor | None, bias: Tensor | None, gain: Tensor | None,
     A: Tensor, B: Tensor, scale: float, inside: bool, *_: Any,
 ) -> Tensor:  # fmt: skip
-    y = _composed(x, W, bias if gain is None else None, Branch(A, B, scale, dropped, inside), in_place=False)
-    return _gained(y, gain, bias)
+    y = composed(x, W, bias if gain is None else None, Branch(A, B, scale, dropped, inside), in_place=False)
+    return gained(y, gain, bias)
 
 
 def _narrow(x: Tensor, A: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_func.errors import TreeError
 from peft_func.weights import fused
+from peft_func.weights.branch import Branch
 
 # Rows of a matrix: a slice of them, or an int64 tensor [n].
 Rows: TypeAlias = slice | Tensor
@@ -208,9 +209,9 @@ class LowRank(Matrix):
         """Drop some of what it acts on, if it has dropout."""
         return F.dropout(x, self.dropout) if self.dropout > 0.0 else x
 
-    def branch(self, x: Tensor) -> fused.Branch:
+    def branch(self, x: Tensor) -> Branch:
         """Return it as the low-rank part of a fused product."""
-        return fused.Branch(self.A, self.B, self.scale, F.dropout(x, self.dropout) if self.dropout > 0.0 else None)
+        return Branch(self.A, self.B, self.scale, F.dropout(x, self.dropout) if self.dropout > 0.0 else None)
 
 
 class Composite(Matrix):

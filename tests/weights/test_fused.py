@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_func as pf
 from peft_func.weights import fused
-from peft_func.weights.fused import Branch, LowRankLinear, can_fuse
+from peft_func.weights.branch import Branch
+from peft_func.weights.fused import LowRankLinear, can_fuse
 from peft_func.weights.graph import listening
 from peft_func.weights.matrix import Dense, Diagonal, IdentityPlus, LowRank, Product, Sum
 from tests.laws.test_nothing_dense import Watch

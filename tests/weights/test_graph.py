@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_func as pf
-from peft_func.weights.fused import Branch, input_side, linear
+from peft_func.weights.branch import Branch
+from peft_func.weights.fused import input_side, linear
 from peft_func.weights.graph import PLAIN, Graph, Shape, choose, listening
 from tests.zoo import randn
 
