@@ -20,8 +20,8 @@ class Planned(NamedTuple):
         path: the weight's name.
         shape: tokens, widths and rank; None where nothing is chosen.
         graph: what computes it: `"composed"`, `"factored"` or `"formed"`.
-        factored: multiply-adds with the factors (composed or in one function), without those of the base; None
-            likewise.
+        factored: multiply-adds with the factors (composed or in one function), without those that the base has by
+            itself; None likewise.
         formed: those with the matrix formed.
         reason: in words.
     """

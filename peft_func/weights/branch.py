@@ -52,13 +52,18 @@ def composed(
     if formed and W is not None:
         return F.linear(x, torch.addmm(W, B, A, alpha=scale), bias)
     z = x if dropped is None else dropped.reshape(x.shape)
-    u = F.linear(z if z.dtype == A.dtype else z.to(A.dtype), A)
+    u = narrow(z, A)
     if x.dtype != A.dtype:
         y = x if W is None else F.linear(x, W, bias)
         return y + (F.linear(u, B) * scale).to(y.dtype)
     if W is None or not in_place:
         return torch.addmm(x if W is None else F.linear(x, W, bias), u, B.t(), alpha=scale)
     return F.linear(x, W, bias).addmm_(u, B.t(), alpha=scale)
+
+
+def narrow(x: Tensor, A: Tensor) -> Tensor:
+    """Return u = x A^T in the dtype of the factors."""
+    return F.linear(x if x.dtype == A.dtype else x.to(A.dtype), A)
 
 
 def accumulated_slices(x: Tensor, W: Tensor | None, bias: Tensor | None, branch: Branch) -> Tensor:

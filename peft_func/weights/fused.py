@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_func.weights.branch import Branch, accumulated_slices, composed, gained
+from peft_func.weights.branch import Branch, accumulated_slices, composed, gained, narrow
 from peft_func.weights.eager import in_transform
 from peft_func.weights.gain import Alias, gain_gradient, may_alias
 from peft_func.weights.graph import PLAIN, SMALL, Choice, Graph, Shape, attended, choose
@@ -133,7 +133,7 @@ class LowRankLinear(torch.autograd.Function):
         if formed:
             y = F.linear(x, _formed(W, A, B, scale, None), inner)
         else:
-            u = _narrow(x if dropped is None else dropped.reshape(x.shape), A)
+            u = narrow(x if dropped is None else dropped.reshape(x.shape), A)
             if W is None or inside:
                 y = _plus(x, u, _turned(B), scale, fresh=False)
                 y = y if W is None else F.linear(y, W, inner)
@@ -176,7 +176,7 @@ class LowRankLinear(torch.autograd.Function):
             d_gain, ctx.output = gain_gradient(dy, gain, bias, before, ctx.output, again), None
         fresh = W is not None
         if ctx.inside:
-            dy, W, gain = torch.mm(dy if gain is None else (dy * gain).to(dy.dtype), W), None, None
+            dy, W, gain = _through(dy, W, gain), None, None
             fresh = not torch.is_grad_enabled()  # a graph of this backward keeps it
         wide = dy.to(A.dtype)
         if wants[5] or wants[1] or (wants[0] and not ctx.formed):
@@ -185,14 +185,13 @@ class LowRankLinear(torch.autograd.Function):
             dA = torch.mm(v.t(), z.to(A.dtype)) * scale
         if wants[6]:
             # A graph of this backward needs u as a function of x and A.
-            u = _narrow(z, A) if u is None or torch.is_grad_enabled() else u
+            u = narrow(z, A) if u is None or torch.is_grad_enabled() else u
             dB = torch.mm(u.t(), wide).t().contiguous() if _is_narrow(B) else torch.mm(wide.t(), u)
             dB = dB * (scale if gain is None else scale * gain.unsqueeze(1).to(dB.dtype))
         if wants[0] and ctx.formed:
             dx = torch.mm(dy, _formed(W, A, B, scale, gain)).view(x.shape)
         elif wants[0]:
-            dx = dy if gain is None else (dy * gain).to(dy.dtype)
-            dx = dx if W is None else torch.mm(dx, W)
+            dx = _through(dy, W, gain)
             dx = (dx if dropped is not None else _plus(dx, v, A, scale, fresh=fresh)).view(x.shape)
         if wants[1]:
             d_dropped = (torch.mm(v, A) * scale).to(dropped.dtype).view(x.shape)
@@ -212,7 +211,7 @@ class LowRankLinear(torch.autograd.Function):
             terms.append(F.linear(composed(x, None, None, branch) if ctx.inside else x.reshape(flat), d_W))
         for z_, A_, B_ in ((d_z, A, B), (z, d_A, B), (z, A, d_B)):
             if z_ is not None and A_ is not None and B_ is not None:
-                term = (F.linear(_narrow(z_.reshape(flat), A_), B_) * ctx.scale).to(x.dtype)
+                term = (F.linear(narrow(z_.reshape(flat), A_), B_) * ctx.scale).to(x.dtype)
                 terms.append(through(term) if ctx.inside else term)
         dy = sum(terms) if gain is None else sum(terms) * gain
         if d_gain is not None:
@@ -239,9 +238,10 @@ def _unfused(
     return gained(y, gain, bias)
 
 
-def _narrow(x: Tensor, A: Tensor) -> Tensor:
-    """Return u = x A^T in the dtype of the factors."""
-    return F.linear(x.to(A.dtype), A)
+def _through(dy: Tensor, W: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Return `(gain dy) W`, the gradient of what the matrix acts on."""
+    dy = dy if gain is None else (dy * gain).to(dy.dtype)
+    return dy if W is None else torch.mm(dy, W)
 
 
 def _is_narrow(B: Tensor) -> bool:

@@ -24,12 +24,13 @@ def formed_sum(W, A, B, *, inside):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_it_is_the_product_with_the_sum(inside, weight, in_place):
     x, W, bias, A, B = operands(inside=inside, weight=weight)
-    before = [t.clone() for t in (x, A, B)]
+    given_tensors = [t for t in (x, W, bias, A, B) if t is not None]
+    before = [t.clone() for t in given_tensors]
     expected = x @ formed_sum(W, A, B, inside=inside).T + (0 if bias is None else bias)
     for given, formed in itertools.product((x, x.view(1, 3, 5)), (False, not inside)):
         y = composed(given, W, bias, Branch(A, B, 0.7, inside=inside), formed=formed, in_place=in_place)
         assert torch.allclose(y, expected, rtol=0, atol=1e-12)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, A, B), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, given_tensors, strict=True))
 
 
 @pytest.mark.parametrize("inside", [False, True])

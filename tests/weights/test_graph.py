@@ -49,6 +49,22 @@ def test_costs_are_those_of_the_products_that_run(graph, trains, needs_input, on
     assert counter.get_total_flops() == 2 * (base + choice.costs[Graph(graph)])
 
 
+def test_a_branch_that_has_to_stay_inside_costs_a_product_with_the_base_in_a_first_layer():
+    T, i, o = 24, 64, 48
+    A, phi = randn(2, i, seed=1).requires_grad_(), randn(i, 2, seed=2).requires_grad_()
+    x, seen = randn(T, i, seed=3), []
+    with (
+        pf.graph("factored"),
+        listening(lambda _, choice: seen.append(choice)),
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter,
+    ):
+        input_side(x, randn(o, i), None, Branch(A, phi, 0.5, dropped=x * 2)).sum().backward()
+    (choice,) = seen
+    assert not choice.absorbs
+    assert choice.costs[Graph.FACTORED] > T * i * o
+    assert counter.get_total_flops() == 2 * (T * i * o + choice.costs[Graph.FACTORED])
+
+
 def test_many_tokens_are_formed_and_few_are_not():
     assert choose(shape(4096)).graph is Graph.FORMED
     assert choose(shape(256)).graph is Graph.FACTORED
